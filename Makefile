@@ -1,0 +1,28 @@
+# Everything runs in an environment of its own, so that a fresh clone needs nothing but Python.
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: run test lint
+
+run: $(VENV)/.installed
+	$(BIN)/spath-eval run --arch gemma --strategy negative
+
+test: $(VENV)/.installed
+	TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.linters
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[gguf,test]'
+	touch $@
+
+$(VENV)/.linters: $(VENV)/.installed
+	$(INSTALL) '.[lint]'
+	touch $@

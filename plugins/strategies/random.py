@@ -1,0 +1,51 @@
+"""Control: remove neurons at random, the same number in every layer, which must hurt more than any good choice.
+
+It joins every run of another strategy at the same sparsities, unless `--no-controls` is given.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import click
+
+from spath_eval import Strategy, hookimpl
+
+
+@dataclass(frozen=True)
+class Random(Strategy):
+    """Removes neurons at random, the same share of each layer."""
+
+    name: ClassVar[str] = "random"
+
+    def select(self, context):
+        import torch
+
+        from spath_eval import remove_lowest
+
+        scores = {}
+        for path, site in context.sites.items():
+            shape = (site.width,) if site.experts is None else (site.experts, site.width)
+            scores[path] = torch.rand(shape, generator=context.generator)
+        return remove_lowest(scores, context.budget.sparsity)
+
+
+@hookimpl
+def spath_register_strategies(register):
+    register(Random)
+
+
+@hookimpl
+def spath_addoption(group):
+    help = "Leave out the random control that runs beside the asked strategy."
+    group.params.append(click.Option(["--no-controls"], is_flag=True, help=help))
+
+
+@hookimpl
+def spath_collection_modifyitems(cases, session):
+    if session.options.plugin.get("no_controls") or session.options.mask is not None:
+        return
+    for case in list(cases):
+        control = dataclasses.replace(case, strategy=Random(), execution=session.options.execution)
+        if case.strategy.name not in ("random", "keep-all") and control not in cases:
+            cases.insert(cases.index(case) + 1, control)

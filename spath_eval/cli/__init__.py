@@ -1,0 +1,152 @@
+"""The command line: one module of this package for each command, imported only when that command is called.
+
+`main` is what the console script runs. It turns every outcome into one of the exit codes below, and every error into
+one line on stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+import spath_eval
+from spath_eval.contracts import UsageError
+from spath_eval.registry import Registry
+
+OK, FAILED, INTERRUPTED, INTERNAL_ERROR, USAGE_ERROR, NO_CASES = range(6)
+
+COMMANDS = {
+    "run": "Evaluate strategies on a model: what they keep of its quality, and how much faster it really runs.",
+    "profile": "Measure how strongly each neuron responds to a domain.",
+    "mask": "Write the mask that a strategy selects.",
+    "plugins": "List the installed plugins, what each provides, and what is wrong with any.",
+}
+"""Commands and the first lines of their help, which stand here so that listing them imports none."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass
+class _Settings:
+    """What `main` has to know of the arguments, even after a command has raised."""
+
+    verbose: bool = False
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"{__name__}.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _set_verbose(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(_Settings).verbose = True
+
+
+_verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="Show tracebacks of errors."
+)
+
+
+@click.group(cls=_LazyGroup, invoke_without_command=True)
+@click.version_option(spath_eval.__version__, prog_name="spath-eval")
+@_verbose_option
+@click.pass_context
+def group(ctx: click.Context) -> None:
+    """What happens to a language model when it skips the FFN neurons that a domain does not need.
+
+    \b
+    Exit status:
+      0  fine
+      1  a case failed or errored
+      2  interrupted
+      3  internal error
+      4  usage or plugin error
+      5  no cases selected
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def plugin_options(command: Command) -> Command:
+    """Give a command the options of all that load plugins: `-p` and `--strict-plugins`, and `-v`.
+
+    They arrive as `plugin_names: tuple[str, ...]` and `strict_plugins: bool`, to be handed to `load_registry`.
+    """
+    command = _verbose_option(command)
+    command = click.option("--strict-plugins", is_flag=True, help="Make every plugin problem an error.")(command)
+    return click.option(
+        "-p",
+        "plugin_names",
+        metavar="NAME",
+        multiple=True,
+        help="Insist on the plugin NAME, or load the module NAME as one; no:NAME leaves a plugin out. Repeatable.",
+    )(command)
+
+
+def load_registry(plugin_names: Sequence[str], strict_plugins: bool, *, warn: bool = True) -> Registry:
+    """The registry that the options of `plugin_options` ask for; each problem is a warning on stderr.
+
+    Raises `UsageError` for a problem with a plugin asked for by name, and for any where `strict_plugins`.
+    """
+    blocked = [name.removeprefix("no:") for name in plugin_names if name.startswith("no:")]
+    wanted = [name for name in plugin_names if not name.startswith("no:")]
+    registry = Registry.load(wanted=wanted, blocked=blocked, strict=strict_plugins)
+    if warn:
+        for problem in registry.problems:
+            click.echo(f"warning: {problem}", err=True)
+    return registry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `spath-eval` with `argv` (by default the process's arguments) and return its exit status."""
+    settings = _Settings()
+    try:
+        # click's own main would print and exit for some errors with codes that are not ours
+        with group.make_context("spath-eval", list(sys.argv[1:] if argv is None else argv), obj=settings) as ctx:
+            status = group.invoke(ctx)
+        sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _discard_stdout()
+        return INTERRUPTED
+    except click.ClickException as error:
+        return _fail(f"error: {error.format_message()}", USAGE_ERROR, settings)
+    except UsageError as error:
+        return _fail(f"error: {error}", USAGE_ERROR, settings)
+    except (Exception, SystemExit) as error:
+        hint = "" if settings.verbose else " (run with -v for the traceback)"
+        return _fail(f"internal error: {type(error).__name__}: {error}{hint}", INTERNAL_ERROR, settings)
+    return status or OK
+
+
+def _fail(message: str, status: int, settings: _Settings | None = None) -> int:
+    """Say why on one line of stderr, below the traceback where that is wanted."""
+    if settings and settings.verbose:
+        traceback.print_exc()
+    click.echo(" ".join(message.split()), err=True)
+    return status
+
+
+def _discard_stdout() -> None:
+    """The reader of our output has gone: let the interpreter's last flush go nowhere rather than complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

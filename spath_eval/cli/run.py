@@ -1,0 +1,220 @@
+"""`spath-eval run`: evaluate strategies on models and print what they keep and what they gain."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spath_eval.cli import NO_CASES, load_registry, plugin_options
+from spath_eval.contracts import UsageError
+
+if TYPE_CHECKING:
+    from spath_eval.session import Session
+
+
+class RunCommand(click.Command):
+    """Options that plugins add are known only once plugins are loaded, which `-p` and `--strict-plugins` decide."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        names = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "-p"]
+        names += [arg[2:] for arg in args if arg.startswith("-p") and not arg.startswith("--") and len(arg) > 2]
+        registry = load_registry(names, "--strict-plugins" in args)
+        whole = click.Command(self.name, callback=self.callback, params=list(self.params), help=self.help)
+        own = {parameter.name for parameter in whole.params}
+        registry.hook.spath_addoption(group=whole)
+        context = whole.make_context(info_name, args, parent, **extra)
+        context.meta["registry"] = registry
+        context.meta["given"] = tuple(args)
+        context.meta["plugin"] = [p.name for p in whole.params if p.name not in own]
+        return context
+
+
+def quiet_libraries() -> None:
+    """Say nothing but what this program says: before torch, transformers and lm-eval are imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    for name in ("transformers", "datasets", "lm_eval", "accelerate", "torch", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def profile_texts(values: tuple[str, ...]) -> dict[str, Path]:
+    """`DOMAIN=PATH` options as a mapping. Raises `UsageError` where there is no `=`."""
+    texts = {}
+    for value in values:
+        domain, equals, path = value.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--profile-text {value!r}: expected DOMAIN=FILE or DOMAIN=FOLDER")
+        texts[domain] = Path(path)
+    return texts
+
+
+def split_list(text: str | None) -> tuple[str, ...]:
+    """A comma-separated option as its parts."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
+MODEL_OPTIONS = [
+    click.option("--model", "models", multiple=True, metavar="FOLDER|HUB_ID|FILE.gguf", help="A model. Repeatable."),
+    click.option(
+        "--arch", default="auto", show_default=True, help="Its family; without --model, the family's small checkpoint."
+    ),
+    click.option("--revision", help="Revision of a hub model."),
+    click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto takes CUDA where there is one."
+    ),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="auto is float32 on the CPU and bfloat16 on CUDA.",
+    ),
+    click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Rows per forward."),
+    click.option("--domain", "domain", help="Domains, by commas; all by default."),
+    click.option(
+        "--profile-text",
+        multiple=True,
+        metavar="DOMAIN=FILE|FOLDER",
+        help="Text to profile a domain on (80%) and to compare outputs on (20%), instead of its own. Repeatable.",
+    ),
+    click.option(
+        "--profile-tokens",
+        default=20_000,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Tokens to profile, per domain.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Seed of random masks and of resampling."),
+]
+
+
+def model_options(command: Any) -> Any:
+    """The options that say which model is profiled on what."""
+    for option in reversed(MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command(cls=RunCommand)
+@model_options
+@click.option(
+    "--strategy", "strategy", default="negative", show_default=True, help="Strategies, by commas: NAME[:OPTION=VALUE]."
+)
+@click.option("--sparsity", default="0.15", show_default=True, help="Shares of FFN neurons to remove, by commas.")
+@click.option("--mask", type=click.Path(path_type=Path), help="Evaluate the mask in this file instead of a strategy.")
+@click.option(
+    "--execution",
+    default="compact",
+    show_default=True,
+    type=click.Choice(["compact", "masked"]),
+    help="compact slices the weights out; masked zeroes activations, and has no speed.",
+)
+@click.option("--no-speed", is_flag=True, help="Do not measure speed.")
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate only the first N documents of each task.")
+@click.option(
+    "--preservation-tokens",
+    default=5_000,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Held-out tokens to compare outputs on, per domain.",
+)
+@click.option("--allow-overlap", is_flag=True, help="Go on where profile text and evaluation overlap.")
+@click.option("-k", "keyword", help="Run only cases whose id matches: words joined by and, or, not.")
+@click.option("--collect-only", is_flag=True, help="List the cases and stop.")
+@click.option("-x", "exitfirst", is_flag=True, help="Stop at the first case that fails.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Where the record goes.  [default: results/runs/...]"
+)
+@plugin_options
+@click.pass_context
+def command(context: click.Context, **given: Any) -> int:
+    """Evaluate strategies on a model: what they keep of its quality, and how much faster it really runs.
+
+    The table goes to stdout, all talk to stderr, the record to a JSON file.
+    """
+    from spath_eval.collection import parse_sparsities
+
+    sparsities = parse_sparsities(given["sparsity"])
+    texts = profile_texts(given["profile_text"])
+    quiet_libraries()
+    from spath_eval.session import Options, Session
+
+    options = Options(
+        models=given["models"],
+        domains=split_list(given["domain"]),
+        strategies=split_list(given["strategy"]),
+        sparsities=sparsities,
+        speed=not given["no_speed"],
+        profile_text=texts,
+        plugin={name: given[name] for name in context.meta["plugin"]},
+        **{
+            name: given[name]
+            for name in (
+                "arch",
+                "revision",
+                "mask",
+                "execution",
+                "limit",
+                "seed",
+                "keyword",
+                "exitfirst",
+                "device",
+                "dtype",
+                "batch_size",
+                "profile_tokens",
+                "preservation_tokens",
+                "allow_overlap",
+                "output",
+            )
+        },
+    )
+    session = Session(options, context.meta["registry"], context.meta["given"])
+    if not session.cases:
+        click.echo("no cases selected", err=True)
+        return NO_CASES
+    if given["collect_only"]:
+        for case in session.cases:
+            click.echo(case.id)
+        return 0
+    return _run(session)
+
+
+def _run(session: Session) -> int:
+    from tqdm import tqdm
+
+    from spath_eval.reports.console import case_line
+
+    for lines in session.registry.hook.spath_report_header(session=session):
+        for line in [lines] if isinstance(lines, str) else lines:
+            click.echo(line, err=True)
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    with tqdm(
+        total=len(session.cases), unit="case", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+
+        def on_case(case: dict[str, Any]) -> None:
+            bar.write(case_line(case, colour=colour), file=sys.stderr)
+            bar.update()
+
+        record = session.run(on_case)
+    report = session.registry.report("console")
+    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
+    click.echo(
+        report.render(
+            record, width=min(max(width, 60), 100), colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        )
+    )
+    click.echo(f"record: {session.output}", err=True)
+    session.registry.hook.spath_terminal_summary(session=session, write=lambda line: click.echo(line, err=True))
+    return session.exit_status

@@ -1,0 +1,96 @@
+"""Cases: what a run will measure, each with a stable id.
+
+The id is `model/domain/strategy@sparsity`; it is the key for `-k`, for reports and for comparisons between records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spath_eval.contracts import Domain, Strategy, UsageError
+
+if TYPE_CHECKING:
+    from spath_eval.pathways import Execution
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pathway of one model on one domain."""
+
+    model: str
+    """Name of the model: the family for a zoo model, else the last part of its reference."""
+    domain: Domain
+    """The domain whose mask it is, and on which it is evaluated."""
+    strategy: Strategy
+    sparsity: float
+    """Requested share of FFN neurons to remove."""
+    execution: Execution
+
+    @property
+    def id(self) -> str:
+        """`model/domain/strategy@sparsity`, with the options and the execution that are not the default."""
+        suffix = "" if self.execution == "compact" else f"[{self.execution}]"
+        return f"{self.model}/{self.domain.name}/{spell(self.strategy)}@{self.sparsity:g}{suffix}"
+
+
+def spell(strategy: Strategy) -> str:
+    """The strategy as on the command line: its name and those options that are not the default."""
+    changed = [
+        f"{option.name}={getattr(strategy, option.name)}"
+        for option in dataclasses.fields(strategy)
+        if getattr(strategy, option.name) != option.default
+    ]
+    return ":".join([strategy.name, *changed])
+
+
+def collect(
+    models: Sequence[str],
+    domains: Sequence[Domain],
+    strategies: Sequence[Strategy],
+    sparsities: Sequence[float],
+    execution: Execution,
+) -> list[Case]:
+    """All combinations, by model, domain, sparsity and strategy; token and prompt strategies run masked."""
+    return [
+        Case(model, domain, strategy, sparsity, execution if strategy.kind == "static" else "masked")
+        for model in models
+        for domain in domains
+        for sparsity in sparsities
+        for strategy in strategies
+    ]
+
+
+def keyword_filter(expression: str) -> Callable[[str], bool]:
+    """pytest's `-k`: words that must be part of the id, ignoring case, joined by `and`, `or`, `not` and parentheses.
+
+    Raises `UsageError` for what is no such expression.
+    """
+    tokens = re.findall(r"[()]|[^\s()]+", expression)
+    code = [token if token in {"and", "or", "not", "(", ")"} else f"({token.lower()!r} in id)" for token in tokens]
+    try:
+        compiled = compile(" ".join(code), "-k", "eval")
+    except SyntaxError:
+        raise UsageError(f"-k {expression!r}: expected words joined by and, or, not and parentheses") from None
+    return lambda id: bool(eval(compiled, {"__builtins__": {}}, {"id": id.lower()}))
+
+
+def parse_sparsities(text: str) -> tuple[float, ...]:
+    """`0.05,0.15` as numbers. Raises `UsageError` for what lies outside 0 < sparsity < 1."""
+    values = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise UsageError(
+                f"sparsity {part!r} is not a number; it is the share of neurons to remove, e.g. 0.15"
+            ) from None
+        if not 0 < value < 1:
+            raise UsageError(
+                f"sparsity {part.strip()} is not between 0 and 1; it is the share of neurons to remove, e.g. 0.15"
+            )
+        values.append(value)
+    return tuple(dict.fromkeys(values))

@@ -1,0 +1,162 @@
+"""Masks: which FFN neurons a pathway keeps.
+
+A score per neuron becomes a mask by removing the lowest share of it, ranked within each layer or over the whole model.
+The two differ: activations of early layers are often smaller, so that pooling over the model empties those first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from spath_eval.contracts import UsageError
+
+if TYPE_CHECKING:
+    from spath_eval.sites import Site
+
+Pool = Literal["layer", "model"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The neurons that are kept, per site. Immutable."""
+
+    keep: Mapping[str, torch.Tensor]
+    """A site's path to boolean `[width]`, or `[experts, width]` where the site has experts."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """Where it comes from: model fingerprint, profile, domain, strategy."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", {path: keep.detach().cpu().clone() for path, keep in self.keep.items()})
+        for path, keep in self.keep.items():
+            if keep.dtype != torch.bool or keep.dim() not in (1, 2):
+                raise UsageError(
+                    f"mask of {path}: expected boolean [width] or [experts, width], not {keep.dtype} {list(keep.shape)}"
+                )
+
+    def __getitem__(self, path: str) -> torch.Tensor:
+        return self.keep[path]
+
+    @cached_property
+    def achieved(self) -> float:
+        """Share of all neurons that is removed."""
+        total = sum(keep.numel() for keep in self.keep.values())
+        return 1 - sum(int(keep.sum()) for keep in self.keep.values()) / total
+
+    @property
+    def per_site(self) -> dict[str, float]:
+        """Share of each site's neurons that is removed."""
+        return {path: 1 - int(keep.sum()) / keep.numel() for path, keep in self.keep.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over paths, shapes and values."""
+        digest = hashlib.sha256()
+        for path, keep in sorted(self.keep.items()):
+            digest.update(f"{path}{list(keep.shape)}".encode())
+            digest.update(keep.numpy().tobytes())
+        return digest.hexdigest()
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise `UsageError` unless the mask fits `sites` exactly."""
+        expected = {site.path: [site.width] if site.experts is None else [site.experts, site.width] for site in sites}
+        if missing := [path for path in expected if path not in self.keep]:
+            raise UsageError(f"the mask lacks {len(missing)} of the model's sites, {missing[0]} among them")
+        if unknown := [path for path in self.keep if path not in expected]:
+            raise UsageError(f"the mask has sites that the model lacks: {', '.join(unknown[:3])}")
+        for path, shape in expected.items():
+            if list(self.keep[path].shape) != shape:
+                raise UsageError(
+                    f"the mask of {path} has shape {list(self.keep[path].shape)}, the model's site {shape}"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the mask as safetensors with its provenance in the header, atomically."""
+        header = {**self.provenance, "spath_eval": "mask", "digest": self.digest}
+        write_safetensors(dict(self.keep), header, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Mask:
+        """Read a mask. Raises `UsageError` for what is none."""
+        tensors, header = read_safetensors(path, "mask")
+        return cls(tensors, {key: value for key, value in header.items() if key not in ("spath_eval", "digest")})
+
+
+def keep_all(sites: Sequence[Site]) -> Mask:
+    """The mask that removes nothing."""
+    return Mask({site.path: torch.ones(_shape(site), dtype=torch.bool) for site in sites})
+
+
+def drop_all(sites: Sequence[Site]) -> Mask:
+    """The mask that removes everything."""
+    return Mask({site.path: torch.zeros(_shape(site), dtype=torch.bool) for site in sites})
+
+
+def remove_lowest(scores: Mapping[str, torch.Tensor], sparsity: float, pool: Pool = "layer") -> Mask:
+    """The mask that removes the `sparsity` share of neurons whose scores are lowest.
+
+    `scores` maps a site's path to `[width]` or `[experts, width]`. With `pool="layer"` the share is taken of every site
+    (of every expert within it), with `pool="model"` of all neurons together. The number removed is the share rounded
+    to a whole neuron; among equal scores the first go, so that the result is deterministic. Raises `ValueError` for a
+    score that is not finite.
+    """
+    for path, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise ValueError(f"scores of {path} are not finite")
+    if pool == "layer":
+        return Mask({path: _above_lowest(score, sparsity) for path, score in scores.items()})
+    everything = torch.cat([score.flatten() for score in scores.values()])
+    parts = _above_lowest(everything, sparsity).split([score.numel() for score in scores.values()])
+    return Mask({path: part.view(scores[path].shape) for path, part in zip(scores, parts, strict=True)})
+
+
+def _above_lowest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    count = round(sparsity * scores.shape[-1])
+    order = scores.argsort(dim=-1, stable=True)
+    keep = torch.ones(scores.shape, dtype=torch.bool)
+    return keep.scatter_(-1, order[..., :count].cpu(), value=False)
+
+
+def _shape(site: Site) -> tuple[int, ...]:
+    return (site.width,) if site.experts is None else (site.experts, site.width)
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], path: Path) -> None:
+    """Write `tensors` with `header` atomically. Raises `UsageError` where the file system refuses."""
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            Path(temporary).chmod(0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink()
+            raise
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot write {path}: {error}") from error
+
+
+def read_safetensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and header of a file that this project wrote as `kind`. Raises `UsageError` for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if header.get("spath_eval") != kind:
+                raise UsageError(f"{path} is not a {kind} of this program")
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot read {kind} {path}: {error}") from error

@@ -1,0 +1,201 @@
+"""Loading models: a hub id, a checkpoint folder, a GGUF file, or a family's small trained checkpoint.
+
+Only safetensors and GGUF are read, since a pickle can execute code; remote code stays off. Whatever is wrong with a
+model becomes a `UsageError` of one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from spath_eval.contracts import Architecture, LoadRequest, UsageError
+
+if TYPE_CHECKING:
+    from spath_eval.registry import Registry
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes the first CUDA device where there is one, else the CPU. Raises `UsageError` for one that is absent."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from error
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {device!r} was asked for, but torch {torch.__version__} finds no CUDA device here")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """`auto` becomes float32 on the CPU and bfloat16 on CUDA."""
+    return dtype if dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
+
+
+def read_config(reference: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model, without its weights. Raises `UsageError` where it cannot be read."""
+    source = _source(reference, revision)
+    with _one_line_errors(reference):
+        return AutoConfig.from_pretrained(**source)
+
+
+def find_architecture(registry: Registry, config: PreTrainedConfig, name: str) -> Architecture:
+    """The family called `name`, or for `auto` the one that claims `config`. Raises `UsageError` where none does."""
+    if name != "auto":
+        architecture = registry.architecture(name)
+        if not architecture.matches(config):
+            raise UsageError(
+                f"architecture {name!r} does not claim model type {config.model_type!r} "
+                f"(it claims {', '.join(architecture.model_types)}): use --arch auto"
+            )
+        return architecture
+    for architecture in registry.architectures.values():
+        if architecture.matches(config):
+            return architecture
+    supported = "; ".join(f"{a.name}: {', '.join(a.model_types)}" for a in registry.architectures.values())
+    raise UsageError(
+        f"no architecture claims model type {config.model_type!r}. Supported: {supported}. A plugin can add one: "
+        "implement spath_register_architectures (README, 'Write a plugin')"
+    )
+
+
+def load(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode on its device, and its tokenizer. Raises `UsageError` for what cannot be loaded."""
+    source = _source(request.reference, request.revision)
+    auto_class = request.architecture.auto_class if request.architecture else "AutoModelForCausalLM"
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with _one_line_errors(request.reference, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    placement: dict[str, Any] = {"device_map": request.device_map} if request.device_map else {}
+    if "gguf_file" not in source:
+        source["use_safetensors"] = True
+    with _one_line_errors(request.reference, "weights"):
+        model, report = getattr(transformers, auto_class).from_pretrained(
+            **source, dtype=DTYPES[request.dtype], output_loading_info=True, **placement
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UsageError(
+            f"{request.reference}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them; "
+            "a model with random weights would be measured"
+        )
+    if not request.device_map:
+        model = model.to(request.device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the configuration and every weight as loaded: names, types, shapes and bytes."""
+    configuration = model.config.to_json_string(use_diff=False)
+    tensors = sorted([*model.named_parameters(), *model.named_buffers()])
+
+    def digest(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.sha256(
+            f"{name}{tensor.dtype}{list(tensor.shape)}".encode() + hashlib.sha256(data).digest()
+        ).digest()
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = b"".join(pool.map(digest, tensors))
+    return hashlib.sha256(_without_paths(configuration).encode() + parts).hexdigest()
+
+
+def output_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits `[..., vocabulary]` in float32 of final hidden states `[..., hidden]`, soft-capped where the model does so."""
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer puts in front of every text, where it does so."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def max_length(model: PreTrainedModel) -> int:
+    """The longest input in tokens."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+
+def _without_paths(configuration: str) -> str:
+    return "\n".join(line for line in configuration.splitlines() if "_name_or_path" not in line)
+
+
+def _source(reference: str, revision: str | None) -> dict[str, Any]:
+    path = Path(reference).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        try:
+            import gguf  # noqa: F401
+        except ImportError:
+            raise UsageError(f"{reference}: reading GGUF needs an extra: pip install 'spath-eval[gguf]'") from None
+        _check_gguf(path)
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{reference}: the folder holds no config.json, so it is no checkpoint")
+        _check_weights(path)
+        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    if path.exists():
+        raise UsageError(f"{reference}: a model is a checkpoint folder, a .gguf file or a hub id")
+    if reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.suffix == ".gguf":
+        raise UsageError(f"{reference}: no such file or folder")
+    return {"pretrained_model_name_or_path": reference, "revision": revision}
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if pickles := [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]:
+        raise UsageError(f"{folder}: {pickles[0]} is a pickle, which can execute code; convert it to safetensors")
+    raise UsageError(f"{folder}: the folder holds no .safetensors file")
+
+
+def _check_gguf(path: Path) -> None:
+    import gguf
+
+    size = path.stat().st_size
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except Exception as error:
+        raise UsageError(f"{path}: not a readable GGUF file, or a truncated one ({_first_line(error)})") from error
+    if any(tensor.data_offset + tensor.n_bytes > size for tensor in tensors):
+        raise UsageError(f"{path}: the GGUF file is truncated")
+
+
+class _one_line_errors:
+    """Turns whatever transformers raises on a bad checkpoint into a `UsageError` of one line."""
+
+    def __init__(self, reference: str, part: str = "configuration") -> None:
+        self.reference, self.part = reference, part
+
+    def __enter__(self) -> None:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if (
+            isinstance(error, torch.OutOfMemoryError)
+            or not isinstance(error, Exception)
+            or isinstance(error, UsageError)
+        ):
+            return
+        raise UsageError(f"{self.reference}: its {self.part} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,298 @@
+"""Pathways: a model with a mask applied, and the gates that prove it was.
+
+*Masked* execution zeroes the removed neurons' activations and is the reference; *compact* execution has their weights sliced
+out. The gates exist because published results of this field came from masks that were never applied: a run fails unless,
+in every phase and at every site, what entered the down projection was seen to be zero where it had to be, or of the compact
+width; and a speed is measured only where compact was proved equal to masked, site by site on identical inputs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spath_eval.contracts import Context, Strategy
+from spath_eval.masks import Mask, drop_all, keep_all
+from spath_eval.models import output_head
+from spath_eval.profiling import forward_backbone
+from spath_eval.sites import Observation, Site
+from spath_eval.texts import Batch
+
+Execution = Literal["compact", "masked"]
+
+PARITY_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest difference of a site's compact output from its masked one, relative to the largest output."""
+
+
+class GateError(Exception):
+    """A gate found that the run does not measure what it claims to: the case fails."""
+
+
+class Pathway:
+    """A model whose FFNs run sparse within `applied()`, and dense outside."""
+
+    execution: Execution = "masked"
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context, the model runs sparse."""
+        raise NotImplementedError
+        yield
+
+    def expected(self, site: Site) -> Tensor | int | None:
+        """What the next tensor to enter down at `site` must look like: the neurons that may be non-zero (boolean,
+        broadcast over rows), or its width; none where nothing is removed."""
+        raise NotImplementedError
+
+
+class StaticPathway(Pathway):
+    """One mask for all tokens."""
+
+    def __init__(self, sites: Sequence[Site], mask: Mask, execution: Execution) -> None:
+        super().__init__(sites)
+        mask.check(sites)
+        self.mask = mask
+        self.execution = execution
+        self._keep = {site.path: mask[site.path].to(site.down.device) for site in sites}
+        self._modules = {site.path: site.compact(mask) for site in sites} if execution == "compact" else {}
+
+    def compact_module(self, site: Site) -> nn.Module:
+        """What stands in for the dense FFN in compact execution."""
+        return self._modules[site.path]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site in self.sites:
+                compact = self._modules.get(site.path)
+                stack.enter_context(site.masked(self.mask) if compact is None else site.installed(compact))
+            yield
+
+    def expected(self, site: Site) -> Tensor | int | None:
+        return site.kept_width(self.mask) if self.execution == "compact" else self._keep[site.path]
+
+
+class TokenPathway(Pathway):
+    """A mask for each token, by a strategy of kind `token`."""
+
+    def __init__(self, sites: Sequence[Site], strategy: Strategy, context: Context) -> None:
+        super().__init__(sites)
+        self.strategy, self.context = strategy, context
+        self._decided: dict[str, Tensor] = {}
+        self.kept, self.total = 0, 0
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site in self.sites:
+                stack.enter_context(site.filtered(self._keep_at(site)))
+            yield
+
+    def expected(self, site: Site) -> Tensor | int | None:
+        if site.path not in self._decided:
+            raise GateError(f"{site.path}: strategy {self.strategy.name} was not asked which neurons a token keeps")
+        return self._decided.pop(site.path)
+
+    @property
+    def achieved(self) -> float:
+        """Share of activations that were removed so far."""
+        return 1 - self.kept / self.total if self.total else 0.0
+
+    def _keep_at(self, site: Site) -> Callable[[Tensor | None, Tensor], Tensor]:
+        def keep(gate: Tensor | None, product: Tensor) -> Tensor:
+            kept = self.strategy.keep(self.context, site, gate, product)
+            self._decided[site.path] = kept
+            self.kept += int(kept.expand(product.shape).sum())
+            self.total += product.numel()
+            return kept
+
+        return keep
+
+
+class PromptPathway(Pathway):
+    """A mask for each prompt, by a strategy of kind `prompt`: the prompt runs dense, what follows it runs with the mask.
+
+    `begin()` starts a prompt; the forward after it is the prompt, all later ones what follows it. One row at a time.
+    """
+
+    def __init__(self, sites: Sequence[Site], strategy: Strategy, context: Context) -> None:
+        super().__init__(sites)
+        self.strategy, self.context = strategy, context
+        self._prompt: dict[str, Tensor] = {}
+        self.mask: Mask | None = None
+        self.removed: list[float] = []
+
+    def begin(self) -> None:
+        """The next forward is a prompt."""
+        self._prompt, self.mask = {}, None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site in self.sites:
+                stack.enter_context(site.filtered(self._keep_at(site)))
+            yield
+
+    def expected(self, site: Site) -> Tensor | int | None:
+        return None if self.mask is None else self.mask[site.path].to(site.down.device)
+
+    @property
+    def achieved(self) -> float:
+        """Mean over prompts of the share of neurons removed after them."""
+        return sum(self.removed) / len(self.removed) if self.removed else 0.0
+
+    def _keep_at(self, site: Site) -> Callable[[Tensor | None, Tensor], Tensor | None]:
+        def keep(gate: Tensor | None, product: Tensor) -> Tensor | None:
+            if site.path not in self._prompt:
+                self._prompt[site.path] = product
+                return None
+            if self.mask is None:
+                self.mask = self.strategy.select_prompt(self.context, self._prompt)
+                self.mask.check(self.sites)
+                self.removed.append(self.mask.achieved)
+            return self.mask[site.path].to(product.device)
+
+        return keep
+
+
+class Exercise:
+    """Sees whether a pathway is applied: every forward of the model, at every site, in every phase.
+
+    It looks at what enters the down projections by hooks of its own and trusts nothing that the pathway says of itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, pathway: Pathway) -> None:
+        self.model, self.pathway = model, pathway
+        self.scoring = False
+        """Set by whoever scores, to tell scoring from generation."""
+        self.forwards: Counter[str] = Counter()
+        self.seen: Counter[tuple[str, str]] = Counter()
+        self._nonzero: dict[tuple[str, str], Tensor] = {}
+        self._wrong_width: dict[tuple[str, str], int] = {}
+        self._phase = "scoring"
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the context (entered after the pathway's), watch."""
+        with ExitStack() as stack:
+            handle = self.model.get_decoder().register_forward_pre_hook(self._on_forward, with_kwargs=True)
+            stack.callback(handle.remove)
+            for site in self.pathway.sites:
+                stack.enter_context(site.entering_down(lambda values, site=site: self._on_down(site, values)))
+            yield
+
+    def check(self) -> dict[str, Any]:
+        """The gate's part of the record. Raises `GateError` where the pathway was not applied."""
+        for (path, phase), width in self._wrong_width.items():
+            raise GateError(
+                f"mask not applied at {path} in {phase}: {width} neurons entered down, not the compact width"
+            )
+        for (path, phase), nonzero in self._nonzero.items():
+            if nonzero.item():
+                raise GateError(f"mask not applied at {path} in {phase}: removed neurons were not zero")
+        for phase, forwards in self.forwards.items():
+            for site in self.pathway.sites:
+                if (seen := self.seen[site.path, phase]) < forwards:
+                    raise GateError(
+                        f"mask not applied at {site.path} in {phase}: seen in {seen} of {forwards} forwards"
+                    )
+        if not self.forwards:
+            raise GateError("the model was never run with the mask")
+        return {"ok": True, "phases": dict(self.forwards), "sites": len(self.pathway.sites)}
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        past = kwargs.get("past_key_values")
+        prefilled = past is not None and past.get_seq_length() > 0
+        self._phase = "scoring" if self.scoring else "decode" if prefilled else "prefill"
+        self.forwards[self._phase] += 1
+
+    def _on_down(self, site: Site, values: Tensor) -> None:
+        key = (site.path, self._phase)
+        self.seen[key] += 1
+        expected = self.pathway.expected(site)
+        if isinstance(expected, int):
+            if values.shape[-1] != expected:
+                self._wrong_width[key] = values.shape[-1]
+        elif expected is not None:
+            expected = expected if expected.dim() == 1 else expected.reshape(values.shape)
+            nonzero = (values * ~expected).any()
+            self._nonzero[key] = self._nonzero[key] | nonzero if key in self._nonzero else nonzero
+
+
+@dataclass(frozen=True)
+class Neutrality:
+    """What keeping everything and removing everything does to the logits."""
+
+    keep_all_difference: float
+    drop_all_difference: float
+
+
+def check_neutrality(model: PreTrainedModel, sites: Sequence[Site], probe: Batch, execution: Execution) -> Neutrality:
+    """Keep-all must change the logits by exactly 0 and drop-all must change them. Raises `GateError` otherwise."""
+    dense = _logits(model, probe)
+    differences = []
+    for mask in (keep_all(sites), drop_all(sites)):
+        with StaticPathway(sites, mask, execution).applied():
+            differences.append(float((_logits(model, probe) - dense).abs().max()))
+    result = Neutrality(*differences)
+    if result.keep_all_difference != 0:
+        raise GateError(
+            f"keeping every neuron changes the logits by {result.keep_all_difference:.3g}, not by exactly 0"
+        )
+    if not result.drop_all_difference > 0:
+        raise GateError("removing every neuron does not change the logits: the mask does not reach the model")
+    return result
+
+
+def check_parity(model: PreTrainedModel, pathway: StaticPathway, probe: Batch) -> dict[str, Any]:
+    """Compact must equal masked at every site on identical inputs. Raises `GateError` otherwise.
+
+    The inputs are those that each site meets while the model runs masked.
+    """
+    differences: dict[str, float] = {}
+    masked = StaticPathway(pathway.sites, pathway.mask, "masked")
+
+    def compare(site: Site, compact: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            scale = float(output.abs().max())
+            difference = float((compact(*inputs) - output).abs().max())
+            differences[site.path] = difference / scale if scale else difference
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(masked.applied())
+        for site in pathway.sites:
+            handle = site.module.register_forward_hook(compare(site, pathway.compact_module(site)))
+            stack.callback(handle.remove)
+        reference = _logits(model, probe)
+    with pathway.applied():
+        logits = _logits(model, probe)
+    tolerance = PARITY_TOLERANCE[model.dtype]
+    worst = max(differences, key=lambda path: differences[path])
+    if len(differences) < len(pathway.sites) or not differences[worst] <= tolerance:
+        raise GateError(
+            f"compact differs from masked at {worst} by {differences[worst]:.2g} of the largest output "
+            f"(tolerance {tolerance:.0e})"
+        )
+    return {
+        "max_relative_difference": differences[worst],
+        "max_logit_difference": float((logits - reference).abs().max()),
+        "tolerance": tolerance,
+        "ok": True,
+    }
+
+
+def _logits(model: PreTrainedModel, probe: Batch) -> Tensor:
+    with torch.inference_mode():
+        return output_head(model, forward_backbone(model, probe))

@@ -1,0 +1,97 @@
+"""Output preservation: how far a pathway's outputs on held-out text of the domain are from the dense model's.
+
+Cosine similarity of final hidden states, Kullback-Leibler divergence KL(dense || sparse) of next-token distributions in nats,
+agreement of the most likely token, and the ratio of perplexities with an interval over documents.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spath_eval.models import output_head
+from spath_eval.pathways import Pathway
+from spath_eval.profiling import forward_backbone
+from spath_eval.quality.statistics import perplexity_ratio
+from spath_eval.texts import Batch, batches
+
+CHUNK = 128
+"""Positions whose logits are held at a time: a vocabulary of 262,144 makes 1 MiB of each."""
+
+
+class Preservation:
+    """The dense model's outputs on held-out text, computed once, against which pathways are compared."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[str],
+        *,
+        tokens: int,
+        batch_size: int,
+    ) -> None:
+        self.model = model
+        self.batches = list(batches(tokenizer, documents, tokens=tokens, batch_size=batch_size))
+        with torch.inference_mode():
+            self.dense = [forward_backbone(model, batch) for batch in self.batches]
+
+    def compare(self, pathway: Pathway, *, seed: int) -> dict[str, Any]:
+        """The record's `preservation` of a pathway, which must not be applied yet."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        documents: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        with torch.inference_mode():
+            for batch, dense in zip(self.batches, self.dense, strict=True):
+                with pathway.applied():
+                    sparse = forward_backbone(self.model, batch)
+                counted = batch.counted.to(dense.device)
+                cosine = F.cosine_similarity(dense[counted].double(), sparse[counted].double(), dim=-1)
+                sums["cosine"] += float(cosine.sum())
+                sums["tokens"] += len(cosine)
+                self._add_distributions(batch, dense, sparse, sums, documents)
+        perplexity = perplexity_ratio(*zip(*documents.values(), strict=True), seed=seed)
+        return {
+            "tokens": int(sums["tokens"]),
+            "cosine": sums["cosine"] / sums["tokens"],
+            "kl": sums["kl"] / sums["predicted"],
+            "top1_agreement": sums["agreed"] / sums["predicted"],
+            "perplexity": {
+                "dense": perplexity.dense,
+                "sparse": perplexity.sparse,
+                "ratio": perplexity.ratio,
+                "ci95": list(perplexity.ci95),
+            },
+        }
+
+    def _add_distributions(
+        self,
+        batch: Batch,
+        dense: torch.Tensor,
+        sparse: torch.Tensor,
+        sums: defaultdict[str, float],
+        documents: defaultdict[int, list[float]],
+    ) -> None:
+        for rows, positions in _predicting(batch):
+            targets = batch.input_ids[rows, positions + 1].to(dense.device)
+            before = output_head(self.model, dense[rows, positions]).log_softmax(-1)
+            after = output_head(self.model, sparse[rows, positions]).log_softmax(-1)
+            sums["kl"] += float(F.kl_div(after, before, reduction="sum", log_target=True).clamp(min=0))
+            sums["agreed"] += int((before.argmax(-1) == after.argmax(-1)).sum())
+            sums["predicted"] += len(rows)
+            losses = torch.stack([F.nll_loss(arm, targets, reduction="none") for arm in (before, after)]).double().cpu()
+            for row, (dense_loss, sparse_loss) in zip(rows.tolist(), losses.T.tolist(), strict=True):
+                total = documents[batch.documents[row]]
+                total[0] += dense_loss
+                total[1] += sparse_loss
+                total[2] += 1
+
+
+def _predicting(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Row and position of everything that predicts a counted token, a chunk at a time."""
+    rows, positions = batch.counted[:, 1:].nonzero(as_tuple=True)
+    yield from zip(rows.split(CHUNK), positions.split(CHUNK), strict=True)

@@ -1,0 +1,675 @@
+"""The protocol of a run: load, profile, score dense, then per case mask, gates, sparse scores, speed, record.
+
+A `Session` holds what a run is made of and is what hooks are handed. A `LoadedModel` holds what is computed once per model and
+shared by its cases: weights, domain profiles, dense scores, dense outputs on held-out text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spath_eval import records
+from spath_eval.collection import Case, collect, keyword_filter
+from spath_eval.contracts import Architecture, Budget, Context, Domain, LoadRequest, Strategy, UsageError
+from spath_eval.masks import Mask
+from spath_eval.models import find_architecture, fingerprint, read_config, resolve_device, resolve_dtype
+from spath_eval.pathways import (
+    Exercise,
+    Execution,
+    GateError,
+    Neutrality,
+    Pathway,
+    PromptPathway,
+    StaticPathway,
+    TokenPathway,
+    check_neutrality,
+    check_parity,
+)
+from spath_eval.profiling import STATISTICS, DomainProfile, Profile, cached_profile, profile_domain
+from spath_eval.quality import statistics
+from spath_eval.quality.adapter import (
+    Evaluation,
+    PathwayLM,
+    Scores,
+    chance,
+    evaluate,
+    item_texts,
+    load_tasks,
+    task_record,
+)
+from spath_eval.quality.preservation import Preservation
+from spath_eval.registry import Registry
+from spath_eval.sites import Site
+from spath_eval.texts import Batch, Corpus, batches, digest, in_hash_order, read_corpus
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 96
+"""Tokens of the batch on which the gates compare executions."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for; the fields are the options of `spath-eval run`."""
+
+    models: tuple[str, ...] = ()
+    """Hub ids, folders or GGUF files; none means the small trained checkpoint of `arch`."""
+    arch: str = "auto"
+    revision: str | None = None
+    domains: tuple[str, ...] = ()
+    """None means all."""
+    strategies: tuple[str, ...] = ("negative",)
+    sparsities: tuple[float, ...] = (0.15,)
+    mask: Path | None = None
+    execution: Execution = "compact"
+    speed: bool = True
+    limit: int | None = None
+    seed: int = 0
+    keyword: str | None = None
+    exitfirst: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int = 32
+    profile_text: Mapping[str, Path] = field(default_factory=dict)
+    profile_tokens: int = 20_000
+    preservation_tokens: int = 5_000
+    allow_overlap: bool = False
+    output: Path | None = None
+    plugin: Mapping[str, Any] = field(default_factory=dict)
+    """Options that plugins added, by parameter name."""
+
+
+@dataclass(frozen=True)
+class GivenMask(Strategy):
+    """A mask made elsewhere, `--mask FILE`."""
+
+    name = "mask"
+
+    file: str = ""
+
+    def select(self, context: Context) -> Mask:
+        return Mask.load(Path(self.file))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that a run will load."""
+
+    name: str
+    reference: str
+    architecture: Architecture
+
+
+class Session:
+    """One run."""
+
+    def __init__(self, options: Options, registry: Registry, given: Sequence[str] = ()) -> None:
+        self.options = options
+        self.registry = registry
+        self.given = tuple(given)
+        self.device = resolve_device(options.device)
+        self.dtype = resolve_dtype(options.dtype, self.device)
+        self.targets = self._targets()
+        self.domains = [registry.domain(name) for name in options.domains or registry.domains]
+        if unknown := [name for name in options.profile_text if name not in registry.domains]:
+            registry.domain(unknown[0])
+        self.corpora: dict[str, Corpus] = {name: read_corpus(path) for name, path in options.profile_text.items()}
+        self.cases = self._collect()
+        self.results: list[dict[str, Any]] = []
+        self.loaded: LoadedModel | None = None
+        """The model whose cases are running."""
+        self.pathway: Pathway | None = None
+        """The pathway of the case that is running, once it was scored."""
+        self._model_records: list[dict[str, Any]] = []
+        self._shared: list[dict[str, list[dict[str, Any]]]] = []
+        self._samples: list[dict[str, Any]] = []
+        self.status = "complete"
+        self.created = datetime.now(UTC)
+        self.output = options.output or self._default_output()
+
+    def run(self, on_case: Callable[[dict[str, Any]], None] = lambda case: None) -> dict[str, Any]:
+        """Run all cases and return the record, which is also written. `on_case` is told of each as it ends.
+
+        Ctrl-C ends the run: the record then has status `interrupted` and holds the finished cases.
+        """
+        records.check_writable(self.output)
+        try:
+            for target in self.targets:
+                cases = [case for case in self.cases if case.model == target.name]
+                if cases:
+                    self._run_model(target, cases, on_case)
+                if self._stopped:
+                    break
+        except KeyboardInterrupt:
+            self.status = "interrupted"
+        record = self._record()
+        records.write(record, self.output)
+        return record
+
+    def load(self, target: Target) -> LoadedModel:
+        """Load a model through the plugins."""
+        options = self.options
+        request = LoadRequest(target.reference, options.revision, target.architecture, self.device, self.dtype)
+        model, tokenizer = self.registry.hook.spath_load_model(request=request)
+        return LoadedModel(target, model, tokenizer, self)
+
+    @property
+    def exit_status(self) -> int:
+        """pytest's: 0 fine, 1 a case failed or errored, 2 interrupted."""
+        if self.status == "interrupted":
+            return 2
+        return int(any(case["outcome"] in ("failed", "error") for case in self.results))
+
+    @property
+    def _stopped(self) -> bool:
+        return self.options.exitfirst and self.exit_status == 1
+
+    def _run_model(self, target: Target, cases: Sequence[Case], on_case: Callable[[dict[str, Any]], None]) -> None:
+        self.loaded = self.load(target)
+        self._model_records.append(self.loaded.record())
+        try:
+            for case in cases:
+                result = self._run_case(case)
+                self.results.append(result)
+                on_case(result)
+                if self._stopped:
+                    return
+        finally:
+            self._shared.append(self.loaded.shared_records())
+            self._samples += self.loaded.dense_samples()
+            self.loaded = None
+
+    def _run_case(self, case: Case) -> dict[str, Any]:
+        started = time.perf_counter()
+        result = self._describe(case)
+        try:
+            result |= self.registry.hook.spath_run_case(case=case, session=self)
+            result["outcome"] = "passed"
+        except GateError as error:
+            result |= {"outcome": "failed", "message": str(error)}
+        except Exception as error:
+            log.debug("case %s", case.id, exc_info=True)
+            result |= {"outcome": "error", "message": f"{type(error).__name__}: {error}"}
+        result["seconds"] = time.perf_counter() - started
+        self._samples += [{"case": case.id, **row} for row in result.pop("_samples", ())]
+        return result
+
+    def _describe(self, case: Case) -> dict[str, Any]:
+        strategy = case.strategy
+        description = {
+            "id": case.id,
+            "model": case.model,
+            "arch": next(target.architecture.name for target in self.targets if target.name == case.model),
+            "domain": case.domain.name,
+            "evaluated_on": case.domain.name,
+            "strategy": {"name": strategy.name, "options": dataclasses.asdict(strategy), "kind": strategy.kind},
+            "execution": case.execution,
+        }
+        if not isinstance(strategy, GivenMask):
+            description["strategy"]["plugin"] = self.registry.owner("strategy", strategy.name).name
+        return description
+
+    def _targets(self) -> list[Target]:
+        options = self.options
+        if not options.models:
+            if options.arch == "auto":
+                with_checkpoint = [name for name, a in self.registry.architectures.items() if a.checkpoint]
+                raise UsageError(f"name a model with --model, or a family with --arch: {', '.join(with_checkpoint)}")
+            architecture = self.registry.architecture(options.arch)
+            if architecture.checkpoint is None:
+                raise UsageError(f"architecture {architecture.name!r} has no small checkpoint of its own: give --model")
+            return [Target(architecture.name, str(architecture.checkpoint), architecture)]
+        targets = []
+        for reference in options.models:
+            config = read_config(reference, options.revision)
+            path = Path(reference)
+            name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name
+            targets.append(Target(name, reference, find_architecture(self.registry, config, options.arch)))
+        if len({target.name for target in targets}) < len(targets):
+            raise UsageError("two models have the same name, so that their cases could not be told apart")
+        return targets
+
+    def _collect(self) -> list[Case]:
+        options = self.options
+        names = [target.name for target in self.targets]
+        if options.mask is None:
+            strategies: list[Strategy] = [self.registry.parse_strategy(text) for text in options.strategies]
+            cases = collect(names, self.domains, strategies, options.sparsities, options.execution)
+        else:
+            sparsity = round(Mask.load(options.mask).achieved, 4)
+            cases = collect(names, self.domains, [GivenMask(str(options.mask))], [sparsity], options.execution)
+        self.registry.hook.spath_collection_modifyitems(cases=cases, session=self)
+        if options.keyword:
+            chosen = keyword_filter(options.keyword)
+            cases = [case for case in cases if chosen(case.id)]
+        return cases
+
+    def _default_output(self) -> Path:
+        models = "+".join(target.name for target in self.targets)
+        strategies = (
+            "mask" if self.options.mask else "+".join(text.partition(":")[0] for text in self.options.strategies)
+        )
+        return Path("results/runs") / f"{self.created:%Y%m%dT%H%M%S}-{models}-{strategies}.json"
+
+    def _record(self) -> dict[str, Any]:
+        shared = {
+            key: [entry for part in self._shared for entry in part[key]] for key in ("profiles", "tasks", "dense")
+        }
+        record: dict[str, Any] = {
+            "version": records.VERSION,
+            "status": "failed" if self.status == "complete" and self.exit_status else self.status,
+            "created": self.created.isoformat(timespec="seconds"),
+            "command": {"given": list(self.given), "resolved": _plain(self.options)},
+            "seed": self.options.seed,
+            "plugins": [
+                {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+                for plugin in self.registry.plugins
+                if plugin.status == "active"
+            ],
+            "environment": {"device": self.device, "dtype": self.dtype},
+            "models": self._model_records,
+            **shared,
+            "cases": self.results,
+        }
+        if self._samples:
+            samples = records.write_samples(self._samples, self.output.with_suffix(".samples.jsonl"))
+            for entry in [*record["tasks"], *record["cases"]]:
+                entry["samples"] = samples
+        self.registry.hook.spath_update_record(record=record)
+        return record
+
+
+class LoadedModel:
+    """A model in memory, and what its cases share."""
+
+    def __init__(
+        self, target: Target, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, session: Session
+    ) -> None:
+        self.target, self.model, self.tokenizer, self.session = target, model, tokenizer, session
+        self.sites: list[Site] = target.architecture.sites(model)
+        self.fingerprint = fingerprint(model)
+        self.lm = PathwayLM(model, tokenizer, session.options.batch_size)
+        self._corpora: dict[str, Corpus] = {}
+        self._profiles: dict[str, DomainProfile] = {}
+        self._tasks: dict[str, dict[str, ConfigurableTask]] = {}
+        self._dense: dict[str, Evaluation] = {}
+        self._preservation: dict[str, Preservation | None] = {}
+        self._neutrality: dict[Execution, Neutrality] = {}
+        self.layer_speed: dict[tuple[str, float], dict[str, Any]] = {}
+        """Timings of a reference layer, by shape and sparsity: they do not depend on the case."""
+
+    def corpus(self, domain: Domain) -> Corpus:
+        """The domain's text: the user's, else the domain's own."""
+        if domain.name not in self._corpora:
+            own = self.session.corpora.get(domain.name)
+            if own is None:
+                profile, heldout = in_hash_order(domain.texts("profile")), in_hash_order(domain.texts("heldout"))
+                if not profile:
+                    raise UsageError(f"domain {domain.name!r} has no profile text")
+                own = Corpus(tuple(profile), tuple(heldout), domain.provenance or f"domain {domain.name}")
+            self._corpora[domain.name] = own
+        return self._corpora[domain.name]
+
+    def tasks(self, domain: Domain) -> dict[str, ConfigurableTask]:
+        """The domain's lm-eval tasks."""
+        if domain.name not in self._tasks:
+            self._tasks[domain.name] = load_tasks(domain.tasks, domain.task_paths)
+        return self._tasks[domain.name]
+
+    def profile(self, strategy: Strategy, domain: Domain) -> Profile | None:
+        """The profile that the strategy requires for the domain; none where it requires none."""
+        if not strategy.requires:
+            return None
+        domains = {domain.name: domain} | (self.session.registry.domains if strategy.all_domains else {})
+        return Profile({name: self._domain_profile(one) for name, one in domains.items()}, self.fingerprint)
+
+    @cached_property
+    def statistics(self) -> list[str]:
+        """The statistics that any case of this model requires: one pass collects them all."""
+        cases = [case for case in self.session.cases if case.model == self.target.name]
+        names = sorted({name for case in cases for name in case.strategy.requires})
+        if unknown := [name for name in names if name not in STATISTICS]:
+            raise UsageError(
+                f"a strategy requires the unknown statistic {unknown[0]!r}: there are {', '.join(STATISTICS)}"
+            )
+        return names
+
+    def dense(self, domain: Domain) -> Evaluation:
+        """The dense model's scores on the domain."""
+        if domain.name not in self._dense:
+            options = self.session.options
+            self._dense[domain.name] = evaluate(self.lm, self.tasks(domain), options.limit, options.seed)
+        return self._dense[domain.name]
+
+    def preservation(self, domain: Domain) -> Preservation | None:
+        """The dense model's outputs on the domain's held-out text; none where there is no such text."""
+        if domain.name not in self._preservation:
+            options = self.session.options
+            heldout = self.corpus(domain).heldout
+            self._preservation[domain.name] = (
+                Preservation(
+                    self.model,
+                    self.tokenizer,
+                    heldout,
+                    tokens=options.preservation_tokens,
+                    batch_size=options.batch_size,
+                )
+                if heldout
+                else None
+            )
+        return self._preservation[domain.name]
+
+    def probe(self, domain: Domain) -> Batch:
+        """A few rows of the domain's text, on which executions are compared."""
+        corpus = self.corpus(domain)
+        documents = [*corpus.heldout, *corpus.profile]
+        return next(batches(self.tokenizer, documents, tokens=PROBE_TOKENS, batch_size=4))
+
+    def neutrality(self, execution: Execution, domain: Domain) -> Neutrality:
+        """What keeping all and removing all does, checked once per execution."""
+        if execution not in self._neutrality:
+            self._neutrality[execution] = check_neutrality(self.model, self.sites, self.probe(domain), execution)
+        return self._neutrality[execution]
+
+    def context(self, case: Case) -> Context:
+        """What the case's strategy may look at."""
+        seed = hashlib.sha256(f"{self.session.options.seed}/{case.id}".encode()).digest()
+        calibration = (
+            batch.inputs(self.model.device)
+            for batch in batches(
+                self.tokenizer,
+                self.corpus(case.domain).profile,
+                tokens=self.session.options.profile_tokens,
+                batch_size=self.session.options.batch_size,
+            )
+        )
+        return Context(
+            domain=case.domain.name,
+            budget=Budget(case.sparsity),
+            sites={site.path: site for site in self.sites},
+            profile=self.profile(case.strategy, case.domain),
+            generator=torch.Generator().manual_seed(int.from_bytes(seed[:7], "big")),
+            model=self.model,
+            batches=tuple(calibration) if case.strategy.needs_batches else (),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The record's entry of the model."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        ffn = sum(site.weight_bytes(None) for site in self.sites) / self.model.dtype.itemsize
+        config = self.model.config.get_text_config()
+        record = {
+            "name": self.target.name,
+            "arch": self.target.architecture.name,
+            "reference": self.target.reference,
+            "fingerprint": self.fingerprint,
+            "parameters": parameters,
+            "layers": config.num_hidden_layers,
+            "sites": [_without_none({"path": s.path, "width": s.width, "experts": s.experts}) for s in self.sites],
+            "ffn_share": ffn / parameters,
+        }
+        return _without_none(record | {"revision": self.session.options.revision})
+
+    def shared_records(self) -> dict[str, list[dict[str, Any]]]:
+        """The record's `profiles`, `tasks` and `dense` entries of the model."""
+        options = self.session.options
+        profiles = []
+        if self._profiles:
+            profiles.append(
+                {
+                    "model": self.target.name,
+                    "fingerprint": Profile(self._profiles, self.fingerprint).fingerprint,
+                    "domains": list(self._profiles),
+                    "tokens": {name: part.tokens for name, part in self._profiles.items()},
+                    "texts": {name: part.source for name, part in self._profiles.items()},
+                }
+            )
+        tasks, dense = [], []
+        for domain, evaluation in self._dense.items():
+            for task in self._tasks[domain].values():
+                tasks += task_record(task, evaluation, options.limit, options.batch_size)
+            quality = [
+                {"task": s.task, "metric": s.metric, "filter": s.filter, **_score(s)}
+                for s in evaluation.scores.values()
+            ]
+            dense.append({"model": self.target.name, "domain": domain, "quality": quality})
+        return {"profiles": profiles, "tasks": tasks, "dense": dense}
+
+    def dense_samples(self) -> list[dict[str, Any]]:
+        """The dense arm's samples."""
+        return [
+            {"case": f"{self.target.name}/{domain}/dense", **row}
+            for domain, evaluation in self._dense.items()
+            for row in evaluation.samples
+        ]
+
+    def _domain_profile(self, domain: Domain) -> DomainProfile:
+        if domain.name not in self._profiles:
+            options = self.session.options
+            settings: dict[str, Any] = {"tokens": options.profile_tokens, "batch_size": options.batch_size}
+            corpus = self.corpus(domain)
+            self._profiles[domain.name] = cached_profile(
+                self.fingerprint,
+                self.model,
+                domain.name,
+                corpus,
+                settings | {"statistics": self.statistics},
+                lambda: profile_domain(
+                    self.model, self.tokenizer, self.sites, domain.name, corpus, self.statistics, **settings
+                ),
+            )
+        return self._profiles[domain.name]
+
+
+def run_case(case: Case, session: Session) -> dict[str, Any]:
+    """The built-in protocol of one case: its part of the record. Raises `GateError` where a gate finds a fault."""
+    loaded = session.loaded
+    assert loaded is not None
+    options = session.options
+    context = loaded.context(case)
+    disjoint = check_disjoint(loaded, case, options.allow_overlap)
+    pathway = make_pathway(loaded, case, context)
+    neutrality = loaded.neutrality(pathway.execution, case.domain)
+    gates: dict[str, Any] = {"parity": None, "parity_reason": f"{pathway.execution} execution has nothing to compare"}
+    if isinstance(pathway, StaticPathway) and pathway.execution == "compact":
+        gates = {"parity": check_parity(loaded.model, pathway, loaded.probe(case.domain))}
+    dense = loaded.dense(case.domain)
+    sparse, exercised = score_sparse(loaded, case, pathway)
+    result: dict[str, Any] = {
+        "gates": gates | {"exercised": exercised | dataclasses.asdict(neutrality), "disjoint": disjoint},
+        "quality": compare_quality(loaded, case, dense, sparse, options),
+        "_samples": sparse.samples,
+    }
+    result |= describe_mask(loaded, case, pathway, context)
+    result |= preserve(loaded, case, pathway)
+    session.pathway = pathway
+    return result | measure_speed(case, session)
+
+
+def make_pathway(loaded: LoadedModel, case: Case, context: Context) -> Pathway:
+    """The pathway of a case's strategy. Raises `UsageError` where the selected mask does not fit the model."""
+    if case.strategy.kind == "token":
+        return TokenPathway(loaded.sites, case.strategy, context)
+    if case.strategy.kind == "prompt":
+        return PromptPathway(loaded.sites, case.strategy, context)
+    return StaticPathway(loaded.sites, case.strategy.select(context), case.execution)
+
+
+def score_sparse(loaded: LoadedModel, case: Case, pathway: Pathway) -> tuple[Evaluation, dict[str, Any]]:
+    """The pathway's scores on the very requests of the dense arm, watched; and what the exercise gate saw."""
+    options = loaded.session.options
+    exercise = Exercise(loaded.model, pathway)
+    loaded.lm.exercise = exercise
+    loaded.lm.prompt_pathway = pathway if isinstance(pathway, PromptPathway) else None
+    try:
+        with pathway.applied(), exercise.watching():
+            sparse = evaluate(loaded.lm, loaded.tasks(case.domain), options.limit, options.seed)
+            if not isinstance(pathway, PromptPathway):
+                _generate_a_little(loaded, case)
+    finally:
+        loaded.lm.exercise = loaded.lm.prompt_pathway = None
+    return sparse, exercise.check()
+
+
+def compare_quality(
+    loaded: LoadedModel, case: Case, dense: Evaluation, sparse: Evaluation, options: Options
+) -> list[dict[str, Any]]:
+    """The record's `quality`: per task, metric and filter, both arms and their paired difference."""
+    entries = []
+    for key, before in dense.scores.items():
+        after = sparse.scores[key]
+        level, level_reason = chance(loaded.tasks(case.domain)[before.task], before.metric, options.limit)
+        entry: dict[str, Any] = {
+            "task": before.task,
+            "metric": before.metric,
+            "filter": before.filter,
+            "higher_is_better": before.higher_is_better,
+            "documents": len({row["doc_id"] for row in dense.samples if row["task"] == before.task}),
+            "chance": level,
+            "dense": _score(before),
+            "sparse": _score(after),
+        }
+        if level_reason:
+            entry["chance_reason"] = level_reason
+        entries.append(entry | _paired(before, after, level, level_reason, options.seed))
+    return entries
+
+
+def _paired(before: Scores, after: Scores, level: float | None, level_reason: str | None, seed: int) -> dict[str, Any]:
+    if before.per_document.keys() != after.per_document.keys():
+        raise GateError(f"{before.task}: the two arms were not scored on the same documents and prompts")
+    if not before.per_document:
+        reason = "the metric is no mean over documents"
+        unpaired = {"value": after.value - before.value, "ci95": None, "p_value": None, "lost": 0, "gained": 0}
+        return {
+            "difference": unpaired | {"reason": reason},
+            "retention": {"value": None, "ci95": None, "reason": level_reason or reason},
+        }
+    dense = list(before.per_document.values())
+    sparse = [after.per_document[key] for key in before.per_document]
+    difference = statistics.paired_difference(dense, sparse, higher_is_better=before.higher_is_better, seed=seed)
+    kept = statistics.retention(dense, sparse, level, seed=seed)
+    return {"difference": dataclasses.asdict(difference), "retention": _without_reason(dataclasses.asdict(kept))}
+
+
+def describe_mask(loaded: LoadedModel, case: Case, pathway: Pathway, context: Context) -> dict[str, Any]:
+    """The record's `mask`, `sparsity` and `profile` of a case, after it was scored."""
+    result: dict[str, Any] = {}
+    if context.profile:
+        result["profile"] = context.profile.fingerprint
+    if isinstance(pathway, StaticPathway):
+        removed = sum(site.weight_bytes(None) - site.weight_bytes(pathway.mask) for site in loaded.sites)
+        ffn = sum(site.weight_bytes(None) for site in loaded.sites)
+        total = sum(parameter.nbytes for parameter in loaded.model.parameters())
+        digest_and_path: dict[str, Any] = {"digest": pathway.mask.digest}
+        if isinstance(case.strategy, GivenMask):
+            digest_and_path["path"] = case.strategy.file
+        return result | {
+            "mask": digest_and_path,
+            "sparsity": {
+                "requested": case.sparsity,
+                "achieved": pathway.mask.achieved,
+                "per_site": pathway.mask.per_site,
+                "ffn_weights_removed": removed / ffn,
+                "model_weights_removed": removed / total,
+            },
+        }
+    assert isinstance(pathway, TokenPathway | PromptPathway)
+    return result | {
+        "mask": None,
+        "mask_reason": f"a strategy of kind {case.strategy.kind} has no fixed mask",
+        "sparsity": {
+            "requested": case.sparsity,
+            "achieved": pathway.achieved,
+            "per_site": {},
+            "ffn_weights_removed": 0.0,
+            "model_weights_removed": 0.0,
+        },
+    }
+
+
+def preserve(loaded: LoadedModel, case: Case, pathway: Pathway) -> dict[str, Any]:
+    """The record's `preservation` of a case, or the reason why there is none."""
+    if isinstance(pathway, PromptPathway):
+        return {"preservation": None, "preservation_reason": "a prompt strategy has no mask for text without a prompt"}
+    preservation = loaded.preservation(case.domain)
+    if preservation is None:
+        return {"preservation": None, "preservation_reason": "the domain's text leaves no document held out"}
+    return {"preservation": preservation.compare(pathway, seed=loaded.session.options.seed)}
+
+
+def measure_speed(case: Case, session: Session) -> dict[str, Any]:
+    """The record's `speed` of a case, or the reason why it was not measured."""
+    if not session.options.speed:
+        return {"speed": [], "speed_reason": "not asked for"}
+    entries = session.registry.hook.spath_measure_speed(case=case, session=session)
+    if not entries:
+        return {"speed": [], "speed_reason": "not measured: masking is not skipping, and there is no compact execution"}
+    return {"speed": entries}
+
+
+def check_disjoint(loaded: LoadedModel, case: Case, allowed: bool) -> dict[str, Any]:
+    """Which share of each task's documents stands in the calibration text, as a document or a line of it.
+
+    Raises `GateError` where there is any, unless that is allowed.
+    """
+    known = set()
+    if case.strategy.requires or case.strategy.needs_batches:
+        for document in loaded.corpus(case.domain).profile:
+            known.add(digest(document))
+            known.update(digest(line) for line in document.splitlines() if line.strip())
+    overlap = {}
+    for task, documents in item_texts(loaded.dense(case.domain)).items():
+        found = sum(any(digest(text) in known for text in texts) for texts in documents)
+        overlap[task] = found / len(documents)
+    if any(overlap.values()) and not allowed:
+        shares = ", ".join(f"{share:.1%} of {task}" for task, share in overlap.items() if share)
+        raise GateError(
+            f"the profile text holds {shares}: calibration and evaluation overlap (--allow-overlap accepts it)"
+        )
+    return {"ok": not any(overlap.values()), "overlap": overlap, "allowed": allowed}
+
+
+def _generate_a_little(loaded: LoadedModel, case: Case) -> None:
+    """Prefill and two steps of decoding: the phases whose speed is measured must have been seen with the mask."""
+    batch = loaded.probe(case.domain)
+    row = batch.input_ids[:1][:, batch.attention_mask[0].bool()].to(loaded.model.device)
+    loaded.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+
+
+def _score(scores: Scores) -> dict[str, Any]:
+    return _without_none({"value": scores.value, "stderr": scores.stderr})
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _without_reason(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != "reason" or value is not None}
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(options), default=str)))
+
+
+def run(registry: Registry | None = None, **options: Any) -> dict[str, Any]:
+    """Run what `Options(**options)` asks for and return the record. Raises `UsageError` for what cannot be run."""
+    return Session(Options(**options), registry or Registry.load()).run()

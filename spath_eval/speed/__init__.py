@@ -1,0 +1,1 @@
+"""Measured speed: stopwatch ratios of dense and sparse, beside the ceiling that arithmetic allows."""

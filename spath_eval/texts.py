@@ -1,0 +1,158 @@
+"""Text for profiling and for output preservation: documents, their split, and batches of their tokens.
+
+A document is a block between blank lines. Documents are put in the order of their hashes, so that a token budget draws
+from all of a corpus and the choice does not depend on file names. Padding and the BOS token are marked, since statistics
+that count them are wrong: BOS activations are hundreds of times larger than others in many models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from spath_eval.contracts import UsageError
+from spath_eval.models import bos_token_id
+
+SUFFIXES = {".txt", ".md", ".tex", ".py"}
+MAX_DOCUMENT = 4000
+"""Characters beyond which a document is cut at the next line end."""
+WINDOW = 512
+"""Tokens beyond which a document continues in a new row."""
+HELD_OUT = 5
+"""One document in so many is held out from the profile, for output preservation."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A domain's text, split."""
+
+    profile: tuple[str, ...]
+    heldout: tuple[str, ...]
+    source: str
+    """Where it comes from, for the record."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows of tokens."""
+
+    input_ids: torch.Tensor
+    """`[rows, tokens]`."""
+    attention_mask: torch.Tensor
+    """1 where there is a token, 0 where there is padding; `[rows, tokens]`."""
+    counted: torch.Tensor
+    """True for the text's own tokens: neither padding nor BOS; `[rows, tokens]`."""
+    documents: tuple[int, ...]
+    """For each row, the number of its document."""
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """What the model's forward takes."""
+        return {"input_ids": self.input_ids.to(device), "attention_mask": self.attention_mask.to(device)}
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text without regard to white space."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+
+
+def digest_all(documents: Iterable[str]) -> str:
+    """SHA-256 of a sequence of documents."""
+    return hashlib.sha256("".join(digest(document) for document in documents).encode()).hexdigest()
+
+
+def read_corpus(path: Path) -> Corpus:
+    """The documents of a file or folder, split 80/20 by their hashes. Raises `UsageError` where there are none."""
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in SUFFIXES and file.is_file() and "LICENSE" not in file.name
+        )
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UsageError(f"profile text {path}: no such file or folder")
+    documents: list[str] = []
+    for file in files:
+        try:
+            documents += blocks(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"profile text {file}: {error}") from error
+    if not documents:
+        raise UsageError(f"profile text {path}: it holds no text (read: {', '.join(sorted(SUFFIXES))})")
+    ordered = in_hash_order(documents)
+    heldout = tuple(document for document in ordered if int(digest(document), 16) % HELD_OUT == 0)
+    profile = tuple(document for document in ordered if int(digest(document), 16) % HELD_OUT)
+    if not profile:
+        raise UsageError(
+            f"profile text {path}: its {len(ordered)} documents leave none to profile; a document is a block between blank lines"
+        )
+    return Corpus(profile, heldout, str(path))
+
+
+def blocks(text: str) -> list[str]:
+    """The documents of a text: blocks between blank lines, cut at the line end beyond 4,000 characters."""
+    documents: list[str] = []
+    current: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.strip():
+            current.append(line)
+        if current and (not line.strip() or sum(map(len, current)) > MAX_DOCUMENT):
+            documents.append("\n".join(current))
+            current = []
+    return documents
+
+
+def in_hash_order(documents: Iterable[str]) -> list[str]:
+    """Each distinct, non-empty document once, in the order of the hashes."""
+    return [text for _, text in sorted({digest(text): text for text in documents if text.strip()}.items())]
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, tokens: int, batch_size: int, window: int = WINDOW
+) -> Iterator[Batch]:
+    """Batches that hold the first `tokens` counted tokens of `documents`, rows of at most `window` tokens.
+
+    Only a few batches' rows are held at a time; within them rows are sorted by length, so that little is padded.
+    """
+    bos = bos_token_id(tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    rows: list[tuple[int, list[int]]] = []
+    for row in _rows(tokenizer, documents, tokens, window, bos):
+        rows.append(row)
+        if len(rows) == 16 * batch_size:
+            yield from _padded(rows, batch_size, bos, pad)
+            rows = []
+    yield from _padded(rows, batch_size, bos, pad)
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], tokens: int, window: int, bos: int | None
+) -> Iterator[tuple[int, list[int]]]:
+    prefix = [] if bos is None else [bos]
+    body = window - len(prefix)
+    for number, document in enumerate(documents):
+        ids = tokenizer(document, add_special_tokens=False, verbose=False).input_ids[:tokens]
+        tokens -= len(ids)
+        for start in range(0, len(ids), body):
+            yield number, prefix + ids[start : start + body]
+        if tokens <= 0:
+            return
+
+
+def _padded(rows: list[tuple[int, list[int]]], batch_size: int, bos: int | None, pad: int) -> Iterator[Batch]:
+    rows = sorted(rows, key=lambda row: len(row[1]))
+    for start in range(0, len(rows), batch_size):
+        chunk = rows[start : start + batch_size]
+        longest = max(len(ids) for _, ids in chunk)
+        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for _, ids in chunk])
+        attention_mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids in chunk])
+        counted = attention_mask.bool()
+        if bos is not None:
+            counted[:, 0] = False
+        yield Batch(input_ids, attention_mask, counted, tuple(number for number, _ in chunk))

@@ -1,0 +1,53 @@
+"""Start-up is cheap: asking for help imports nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "lm_eval", "pandas", "numpy", "scipy", "datasets", "tabulate")
+
+
+@pytest.mark.parametrize(
+    "command", [[sys.executable, "-m", "spath_eval"], [Path(sys.executable).with_name("spath-eval")]]
+)
+def test_help_takes_half_a_second(command):
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([*command, "--help"], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+    # the best of several, for the machine may be busy with something else
+    assert min(seconds() for _ in range(5)) <= 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plugins", "--json"], ["plugins", "--help"]])
+def test_nothing_heavy_is_imported(arguments):
+    program = "\n".join(
+        [
+            "import sys",
+            "from spath_eval.cli import main",
+            f"status = main({arguments!r})",
+            f"print(*[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)",
+            "sys.exit(status)",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stderr.split() == []
+
+
+def test_help_imports_no_command():
+    program = "\n".join(
+        [
+            "import sys",
+            "from spath_eval.cli import COMMANDS, main",
+            "main(['--help'])",
+            "print(*[name for name in COMMANDS if f'spath_eval.cli.{name}' in sys.modules], file=sys.stderr)",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stderr.split() == []
