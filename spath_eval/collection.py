@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spath_eval.contracts import Domain, Strategy, UsageError
@@ -39,11 +40,11 @@ class Case:
 
 def spell(strategy: Strategy) -> str:
     """The strategy as on the command line: its name and those options that are not the default."""
-    changed = [
-        f"{option.name}={getattr(strategy, option.name)}"
-        for option in dataclasses.fields(strategy)
-        if getattr(strategy, option.name) != option.default
-    ]
+    changed = []
+    for option in dataclasses.fields(strategy):
+        value = getattr(strategy, option.name)
+        if value != option.default:  # a file's folder would make the id differ between machines
+            changed.append(f"{option.name}={value.name if isinstance(value, Path) else value}")
     return ":".join([strategy.name, *changed])
 
 

@@ -88,9 +88,12 @@ class Mask:
 
     @classmethod
     def load(cls, path: Path) -> Mask:
-        """Read a mask. Raises `UsageError` for what is none."""
+        """Read a mask. Raises `UsageError` for what is none, or does not hold the values it was written with."""
         tensors, header = read_safetensors(path, "mask")
-        return cls(tensors, {key: value for key, value in header.items() if key not in ("spath_eval", "digest")})
+        mask = cls(tensors, {key: value for key, value in header.items() if key not in ("spath_eval", "digest")})
+        if header.get("digest", mask.digest) != mask.digest:
+            raise UsageError(f"mask {path} is damaged: its values do not have the digest that its header gives")
+        return mask
 
 
 def keep_all(sites: Sequence[Site]) -> Mask:

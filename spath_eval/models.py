@@ -26,13 +26,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str) -> str:
-    """`auto` becomes the first CUDA device where there is one, else the CPU. Raises `UsageError` for one that is absent."""
+    """`auto` becomes the first CUDA device where there is one, else the CPU. Raises `UsageError` for an absent one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        kind = None
+    if kind is None or kind.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}: use cpu, cuda or cuda:N")
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device!r} was asked for, but torch {torch.__version__} finds no CUDA device here")
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
@@ -80,6 +82,8 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     transformers_logging.set_verbosity_error()
     with _one_line_errors(request.reference, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where no file is found
+        raise UsageError(f"{request.reference}: its tokenizer is missing, or has no vocabulary")
     placement: dict[str, Any] = {"device_map": request.device_map} if request.device_map else {}
     if "gguf_file" not in source:
         source["use_safetensors"] = True
@@ -106,7 +110,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         name, tensor = item
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return hashlib.sha256(
-            f"{name}{tensor.dtype}{list(tensor.shape)}".encode() + hashlib.sha256(data).digest()
+            f"{name}{tensor.dtype}{list(tensor.shape)}".encode() + hashlib.sha256(data.data).digest()
         ).digest()
 
     with ThreadPoolExecutor(2) as pool:
@@ -115,7 +119,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def output_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits `[..., vocabulary]` in float32 of final hidden states `[..., hidden]`, soft-capped where the model does so."""
+    """Logits `[..., vocabulary]` in float32 of final hidden states `[..., hidden]`, soft-capped where the model is."""
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)

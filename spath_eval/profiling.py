@@ -1,8 +1,8 @@
 """Profiles: how strongly each neuron is activated by the text of a domain.
 
-One streaming pass of the dense model over the text; sums are kept in float64 and only the text's own tokens count, neither
-padding nor BOS. Statistics are taken of what enters the down projection, the neuron's activation. The mean absolute
-activation is the one of "Sparse Pathways: Domain-Aware Neuron Routing" (A. Young).
+One streaming pass of the dense model over the text; sums are kept in float64 and only the text's own tokens count,
+neither padding nor BOS. Statistics are taken of what enters the down projection, the neuron's activation. The mean
+absolute activation is the one of "Sparse Pathways: Domain-Aware Neuron Routing" (A. Young).
 """
 
 from __future__ import annotations
@@ -96,13 +96,15 @@ class Profile:
     def load(cls, path: Path) -> Profile:
         """Read a profile. Raises `UsageError` for what is none."""
         tensors, header = read_safetensors(path, "profile")
-        about = json.loads(header.pop("domains"))
-        domains: dict[str, dict[str, dict[str, torch.Tensor]]] = {domain: {} for domain in about}
-        for key, values in tensors.items():
-            domain, name, site = key.split("/", 2)
-            domains[domain].setdefault(name, {})[site] = values
-        parts = {domain: DomainProfile(domain, statistics=domains[domain], **about[domain]) for domain in about}
-        model = header.pop("model")
+        try:
+            model, about = header.pop("model"), json.loads(header.pop("domains"))
+            domains: dict[str, dict[str, dict[str, torch.Tensor]]] = {domain: {} for domain in about}
+            for key, values in tensors.items():
+                domain, name, site = key.split("/", 2)
+                domains[domain].setdefault(name, {})[site] = values
+            parts = {domain: DomainProfile(domain, statistics=domains[domain], **about[domain]) for domain in about}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"profile {path} is damaged: {error!r}") from error
         return cls(parts, model, {key: value for key, value in header.items() if key != "spath_eval"})
 
 
@@ -119,8 +121,8 @@ class _Sums:
 
     def add(self, observation: Observation) -> None:
         assert self.counted is not None
-        values, counted = observation.values, self.counted[observation.tokens]
-        values = values[counted]
+        counted = self.counted[observation.tokens]
+        values = observation.values[counted].float()  # in half precision squares are coarse, and overflow
         if observation.experts is None:
             self.rows += len(values)
             for name, total in self.sums.items():
@@ -212,10 +214,10 @@ def cached_profile(
         / "profiles"
         / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.safetensors"
     )
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists it is false where the folder cannot be looked into
         try:
             return Profile.load(path).domains[domain]
-        except (UsageError, KeyError, ValueError) as error:
+        except (UsageError, KeyError) as error:
             log.warning("a damaged profile in the cache is made again: %s", error)
     part = make()
     try:

@@ -1,7 +1,7 @@
 """The protocol of a run: load, profile, score dense, then per case mask, gates, sparse scores, speed, record.
 
-A `Session` holds what a run is made of and is what hooks are handed. A `LoadedModel` holds what is computed once per model and
-shared by its cases: weights, domain profiles, dense scores, dense outputs on held-out text.
+A `Session` holds what a run is made of and is what hooks are handed. A `LoadedModel` holds what is computed once per
+model and shared by its cases: weights, domain profiles, dense scores, dense outputs on held-out text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +26,8 @@ from spath_eval.contracts import Architecture, Budget, Context, Domain, LoadRequ
 from spath_eval.masks import Mask
 from spath_eval.models import find_architecture, fingerprint, read_config, resolve_device, resolve_dtype
 from spath_eval.pathways import (
-    Exercise,
     Execution,
+    Exercise,
     GateError,
     Neutrality,
     Pathway,
@@ -102,10 +100,10 @@ class GivenMask(Strategy):
 
     name = "mask"
 
-    file: str = ""
+    file: Path = Path()
 
     def select(self, context: Context) -> Mask:
-        return Mask.load(Path(self.file))
+        return Mask.load(self.file)
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,8 @@ class Session:
             registry.domain(unknown[0])
         self.corpora: dict[str, Corpus] = {name: read_corpus(path) for name, path in options.profile_text.items()}
         self.cases = self._collect()
+        self.tasks: dict[str, dict[str, ConfigurableTask]] = {}
+        """The lm-eval tasks of each domain, once the run has begun."""
         self.results: list[dict[str, Any]] = []
         self.loaded: LoadedModel | None = None
         """The model whose cases are running."""
@@ -144,17 +144,28 @@ class Session:
         self.created = datetime.now(UTC)
         self.output = options.output or self._default_output()
 
-    def run(self, on_case: Callable[[dict[str, Any]], None] = lambda case: None) -> dict[str, Any]:
-        """Run all cases and return the record, which is also written. `on_case` is told of each as it ends.
+    def run(
+        self,
+        on_start: Callable[[], None] = lambda: None,
+        on_case: Callable[[dict[str, Any]], None] = lambda case: None,
+    ) -> dict[str, Any]:
+        """Run all cases and return the record, which is also written.
 
-        Ctrl-C ends the run: the record then has status `interrupted` and holds the finished cases.
+        `on_start` is called once nothing can be refused any more, `on_case` with each case as it ends. Ctrl-C ends the
+        run: the record then has status `interrupted` and holds the finished cases. Raises `UsageError` for a model or
+        an output that is not to be had.
         """
         records.check_writable(self.output)
+        for domain in self.domains:
+            self.tasks[domain.name] = load_tasks(domain.tasks, domain.task_paths)
         try:
             for target in self.targets:
                 cases = [case for case in self.cases if case.model == target.name]
                 if cases:
-                    self._run_model(target, cases, on_case)
+                    self._load(target)
+                    if len(self._model_records) == 1:
+                        on_start()
+                    self._run_model(cases, on_case)
                 if self._stopped:
                     break
         except KeyboardInterrupt:
@@ -181,9 +192,14 @@ class Session:
     def _stopped(self) -> bool:
         return self.options.exitfirst and self.exit_status == 1
 
-    def _run_model(self, target: Target, cases: Sequence[Case], on_case: Callable[[dict[str, Any]], None]) -> None:
+    def _load(self, target: Target) -> None:
         self.loaded = self.load(target)
+        if self.options.mask:
+            Mask.load(self.options.mask).check(self.loaded.sites)
         self._model_records.append(self.loaded.record())
+
+    def _run_model(self, cases: Sequence[Case], on_case: Callable[[dict[str, Any]], None]) -> None:
+        assert self.loaded is not None
         try:
             for case in cases:
                 result = self._run_case(case)
@@ -206,25 +222,26 @@ class Session:
             result |= {"outcome": "failed", "message": str(error)}
         except Exception as error:
             log.debug("case %s", case.id, exc_info=True)
-            result |= {"outcome": "error", "message": f"{type(error).__name__}: {error}"}
+            kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+            result |= {"outcome": "error", "message": f"{kind}{error}"}
         result["seconds"] = time.perf_counter() - started
         self._samples += [{"case": case.id, **row} for row in result.pop("_samples", ())]
         return result
 
     def _describe(self, case: Case) -> dict[str, Any]:
         strategy = case.strategy
-        description = {
+        about = {"name": strategy.name, "options": dataclasses.asdict(strategy), "kind": strategy.kind}
+        if not isinstance(strategy, GivenMask):
+            about["plugin"] = self.registry.owner("strategy", strategy.name).name
+        return {
             "id": case.id,
             "model": case.model,
             "arch": next(target.architecture.name for target in self.targets if target.name == case.model),
             "domain": case.domain.name,
             "evaluated_on": case.domain.name,
-            "strategy": {"name": strategy.name, "options": dataclasses.asdict(strategy), "kind": strategy.kind},
+            "strategy": about,
             "execution": case.execution,
         }
-        if not isinstance(strategy, GivenMask):
-            description["strategy"]["plugin"] = self.registry.owner("strategy", strategy.name).name
-        return description
 
     def _targets(self) -> list[Target]:
         options = self.options
@@ -254,7 +271,7 @@ class Session:
             cases = collect(names, self.domains, strategies, options.sparsities, options.execution)
         else:
             sparsity = round(Mask.load(options.mask).achieved, 4)
-            cases = collect(names, self.domains, [GivenMask(str(options.mask))], [sparsity], options.execution)
+            cases = collect(names, self.domains, [GivenMask(options.mask)], [sparsity], options.execution)
         self.registry.hook.spath_collection_modifyitems(cases=cases, session=self)
         if options.keyword:
             chosen = keyword_filter(options.keyword)
@@ -308,7 +325,6 @@ class LoadedModel:
         self.lm = PathwayLM(model, tokenizer, session.options.batch_size)
         self._corpora: dict[str, Corpus] = {}
         self._profiles: dict[str, DomainProfile] = {}
-        self._tasks: dict[str, dict[str, ConfigurableTask]] = {}
         self._dense: dict[str, Evaluation] = {}
         self._preservation: dict[str, Preservation | None] = {}
         self._neutrality: dict[Execution, Neutrality] = {}
@@ -327,35 +343,36 @@ class LoadedModel:
             self._corpora[domain.name] = own
         return self._corpora[domain.name]
 
-    def tasks(self, domain: Domain) -> dict[str, ConfigurableTask]:
-        """The domain's lm-eval tasks."""
-        if domain.name not in self._tasks:
-            self._tasks[domain.name] = load_tasks(domain.tasks, domain.task_paths)
-        return self._tasks[domain.name]
-
     def profile(self, strategy: Strategy, domain: Domain) -> Profile | None:
         """The profile that the strategy requires for the domain; none where it requires none."""
         if not strategy.requires:
             return None
-        domains = {domain.name: domain} | (self.session.registry.domains if strategy.all_domains else {})
-        return Profile({name: self._domain_profile(one) for name, one in domains.items()}, self.fingerprint)
-
-    @cached_property
-    def statistics(self) -> list[str]:
-        """The statistics that any case of this model requires: one pass collects them all."""
+        reference = [one for one in self.session.registry.domains.values() if strategy.all_domains and one != domain]
         cases = [case for case in self.session.cases if case.model == self.target.name]
-        names = sorted({name for case in cases for name in case.strategy.requires})
+        names = sorted({name for case in cases for name in case.strategy.requires})  # one pass serves all cases
+        return self.make_profile([domain, *reference], names)
+
+    def make_profile(self, domains: Sequence[Domain], names: Sequence[str]) -> Profile:
+        """The statistics called `names` of each domain. Raises `UsageError` for an unknown one."""
         if unknown := [name for name in names if name not in STATISTICS]:
-            raise UsageError(
-                f"a strategy requires the unknown statistic {unknown[0]!r}: there are {', '.join(STATISTICS)}"
-            )
-        return names
+            raise UsageError(f"unknown statistic {unknown[0]!r}: there are {', '.join(STATISTICS)}")
+        return Profile({domain.name: self._domain_profile(domain, names) for domain in domains}, self.fingerprint)
+
+    def select(self, case: Case, context: Context) -> Mask:
+        """The mask that the case's static strategy selects, with its provenance."""
+        mask = case.strategy.select(context)
+        provenance = {
+            "model": self.fingerprint,
+            "case": case.id,
+            "profile": context.profile.fingerprint if context.profile else "none",
+        }
+        return Mask(mask.keep, provenance)
 
     def dense(self, domain: Domain) -> Evaluation:
         """The dense model's scores on the domain."""
         if domain.name not in self._dense:
             options = self.session.options
-            self._dense[domain.name] = evaluate(self.lm, self.tasks(domain), options.limit, options.seed)
+            self._dense[domain.name] = evaluate(self.lm, self.session.tasks[domain.name], options.limit, options.seed)
         return self._dense[domain.name]
 
     def preservation(self, domain: Domain) -> Preservation | None:
@@ -443,7 +460,7 @@ class LoadedModel:
             )
         tasks, dense = [], []
         for domain, evaluation in self._dense.items():
-            for task in self._tasks[domain].values():
+            for task in self.session.tasks[domain].values():
                 tasks += task_record(task, evaluation, options.limit, options.batch_size)
             quality = [
                 {"task": s.task, "metric": s.metric, "filter": s.filter, **_score(s)}
@@ -460,7 +477,7 @@ class LoadedModel:
             for row in evaluation.samples
         ]
 
-    def _domain_profile(self, domain: Domain) -> DomainProfile:
+    def _domain_profile(self, domain: Domain, names: Sequence[str]) -> DomainProfile:
         if domain.name not in self._profiles:
             options = self.session.options
             settings: dict[str, Any] = {"tokens": options.profile_tokens, "batch_size": options.batch_size}
@@ -470,10 +487,8 @@ class LoadedModel:
                 self.model,
                 domain.name,
                 corpus,
-                settings | {"statistics": self.statistics},
-                lambda: profile_domain(
-                    self.model, self.tokenizer, self.sites, domain.name, corpus, self.statistics, **settings
-                ),
+                settings | {"statistics": list(names)},
+                lambda: profile_domain(self.model, self.tokenizer, self.sites, domain.name, corpus, names, **settings),
             )
         return self._profiles[domain.name]
 
@@ -509,7 +524,7 @@ def make_pathway(loaded: LoadedModel, case: Case, context: Context) -> Pathway:
         return TokenPathway(loaded.sites, case.strategy, context)
     if case.strategy.kind == "prompt":
         return PromptPathway(loaded.sites, case.strategy, context)
-    return StaticPathway(loaded.sites, case.strategy.select(context), case.execution)
+    return StaticPathway(loaded.sites, loaded.select(case, context), case.execution)
 
 
 def score_sparse(loaded: LoadedModel, case: Case, pathway: Pathway) -> tuple[Evaluation, dict[str, Any]]:
@@ -520,12 +535,14 @@ def score_sparse(loaded: LoadedModel, case: Case, pathway: Pathway) -> tuple[Eva
     loaded.lm.prompt_pathway = pathway if isinstance(pathway, PromptPathway) else None
     try:
         with pathway.applied(), exercise.watching():
-            sparse = evaluate(loaded.lm, loaded.tasks(case.domain), options.limit, options.seed)
-            if not isinstance(pathway, PromptPathway):
-                _generate_a_little(loaded, case)
+            sparse = evaluate(loaded.lm, loaded.session.tasks[case.domain.name], options.limit, options.seed)
+            if isinstance(pathway, PromptPathway):
+                pathway.begin()
+            _generate_a_little(loaded, case)
     finally:
         loaded.lm.exercise = loaded.lm.prompt_pathway = None
-    return sparse, exercise.check()
+    scored = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.session.tasks[case.domain.name].values())
+    return sparse, exercise.check(["prefill", "decode"] + ["scoring"] * scored)
 
 
 def compare_quality(
@@ -535,7 +552,7 @@ def compare_quality(
     entries = []
     for key, before in dense.scores.items():
         after = sparse.scores[key]
-        level, level_reason = chance(loaded.tasks(case.domain)[before.task], before.metric, options.limit)
+        level, level_reason = chance(loaded.session.tasks[case.domain.name][before.task], before.metric, options.limit)
         entry: dict[str, Any] = {
             "task": before.task,
             "metric": before.metric,
@@ -651,7 +668,8 @@ def _generate_a_little(loaded: LoadedModel, case: Case) -> None:
     """Prefill and two steps of decoding: the phases whose speed is measured must have been seen with the mask."""
     batch = loaded.probe(case.domain)
     row = batch.input_ids[:1][:, batch.attention_mask[0].bool()].to(loaded.model.device)
-    loaded.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    generate = cast(Callable[..., Any], loaded.model.generate)
+    generate(row, attention_mask=torch.ones_like(row), max_new_tokens=3, min_new_tokens=3, do_sample=False)
 
 
 def _score(scores: Scores) -> dict[str, Any]:

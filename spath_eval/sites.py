@@ -1,8 +1,8 @@
 """FFN sites: the feed-forward blocks of a model, seen through one interface.
 
-A neuron is one hidden unit of an FFN; its activation is what enters the down projection. A site can be observed, can be
-masked (the activations of removed neurons are set to zero: the reference) and can be compacted (their weights are sliced
-out: the same function, less work). The rest of the program knows FFNs only through `Site`. What differs between
+A neuron is one hidden unit of an FFN; its activation is what enters the down projection. A site can be observed, can
+be masked (the activations of removed neurons are set to zero: the reference) and can be compacted (their weights are
+sliced out: the same function, less work). The rest of the program knows FFNs only through `Site`. What differs between
 architectures are the shapes, of which this module has one class each.
 """
 
@@ -39,8 +39,8 @@ class Observation:
 
 
 Keep = Callable[[Tensor | None, Tensor], Tensor | None]
-"""From the activated gate and the product that would enter down, both `[rows, width]`, to the neurons that each row keeps
-(boolean, broadcast over rows); none keeps all."""
+"""From the activated gate and the product that would enter down, both `[rows, width]`, to the neurons that each row
+keeps (boolean, broadcast over rows); none keeps all."""
 
 
 class Site(ABC):
@@ -92,7 +92,7 @@ class Site(ABC):
     def compact(self, mask: Mask) -> nn.Module:
         """A module that computes what the masked FFN computes, without the removed neurons' weights.
 
-        Where the mask removes nothing it is the dense FFN itself. Raises `UsageError` where the weights cannot be sliced.
+        Where the mask removes nothing it is the dense FFN itself. Raises `UsageError` where weights cannot be sliced.
         """
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """Text for profiling and for output preservation: documents, their split, and batches of their tokens.
 
 A document is a block between blank lines. Documents are put in the order of their hashes, so that a token budget draws
-from all of a corpus and the choice does not depend on file names. Padding and the BOS token are marked, since statistics
-that count them are wrong: BOS activations are hundreds of times larger than others in many models.
+from all of a corpus and the choice does not depend on file names. Padding and the BOS token are marked, since
+statistics that count them are wrong: in many models BOS activations are hundreds of times larger than others.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def read_corpus(path: Path) -> Corpus:
     profile = tuple(document for document in ordered if int(digest(document), 16) % HELD_OUT)
     if not profile:
         raise UsageError(
-            f"profile text {path}: its {len(ordered)} documents leave none to profile; a document is a block between blank lines"
+            f"profile text {path}: its {len(ordered)} documents leave none to profile; blank lines part documents"
         )
     return Corpus(profile, heldout, str(path))
 
@@ -137,7 +137,8 @@ def _rows(
     prefix = [] if bos is None else [bos]
     body = window - len(prefix)
     for number, document in enumerate(documents):
-        ids = tokenizer(document, add_special_tokens=False, verbose=False).input_ids[:tokens]
+        encoded = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids = encoded.input_ids[:tokens]
         tokens -= len(ids)
         for start in range(0, len(ids), body):
             yield number, prefix + ids[start : start + body]

@@ -64,3 +64,63 @@ def sample_plugin(distribute: Distribute) -> Path:
     entry_points = project["entry-points"]["spath_eval"]
     modules = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in entry_points.values()}
     return distribute(project["name"], entry_points, modules, version=project["version"])
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Builds randomly initialised models of the real classes: `tiny_model(model_type, seed=0, **configuration)`.
+
+    Three layers, hidden size 32, a vocabulary of 100; those of gemma3n differ in width, and its first one has the
+    activation sparsity built in. Weights are larger than usual, so that differences are not lost in rounding.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more than one only costs time at this size
+
+    def build(model_type: str = "gemma", *, seed: int = 0, **changes: object):
+        configuration = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "vocab_size": 100,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+        }
+        if model_type == "gemma3n_text":
+            configuration |= {
+                "intermediate_size": [64, 48, 80],
+                "activation_sparsity_pattern": [0.3, 0.0, 0.0],
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                "vocab_size_per_layer_input": 100,
+                "hidden_size_per_layer_input": 8,
+                "num_kv_shared_layers": 0,
+                "laurel_rank": 4,
+            }
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(model_type, **(configuration | changes))
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+    yield build
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A real tokenizer of 100 words `w4` ... `w99`, which puts `<bos>` in front of a text: `w7` has the id 7."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"w{number}" for number in range(4, 100))]
+    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -1,9 +1,9 @@
 """How the built-in domains make texts and evaluation items out of exercises.
 
-A domain is a list of kinds of exercise, each a function of a random generator. An exercise is reserved for evaluation or
-free for texts, and it says so itself: by the hash of what was sampled, or by its wording. Texts are built of free ones
-only, items of reserved ones only, so the two cannot overlap. A document belongs to the split that its own hash names,
-so no document is in two splits, whatever the sizes.
+A domain is a list of kinds of exercise, each a function of a random generator. An exercise is reserved for evaluation
+or free for texts, and it says so itself: by the hash of what was sampled, or by its wording. Texts are built of free
+ones only, items of reserved ones only, so the two cannot overlap. A document belongs to the split that its own hash
+names, so no document is in two splits, whatever the sizes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ class Corpus:
         return tuple(dict.fromkeys(self.choice + self.generate))
 
     def texts(self, split: str) -> list[str]:
-        """The documents of `train`, `profile` or `heldout`, always the same ones. Raises `ValueError` for another name."""
+        """The documents of `train`, `profile` or `heldout`, always the same ones.
+
+        Raises `ValueError` for another split.
+        """
         if split not in SPLITS:
             raise ValueError(f"domain {self.name} has no split {split!r}; there are {', '.join(SPLITS)}")
         rng = Random(f"{self.name} {split}")

@@ -7,6 +7,7 @@ evaluation. Generated rather than taken from installed source files, so that pro
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from random import Random
 
 import spath_eval.tasks
@@ -16,9 +17,11 @@ from spath_eval.plugins.domains._corpus import Corpus, Exercise, reserve
 LISTS = ("items", "values", "numbers", "data", "row", "scores", "queue", "stack")
 VARIABLES = ("x", "y", "n", "m", "i", "k", "total", "count", "size", "width", "height", "index")
 KEYS = ("red", "blue", "left", "right", "top", "end", "name", "size", "key", "id", "low", "high", "min", "max")
-WORDS = ("cat", "dog", "sun", "map", "box", "key", "tree", "node", "file", "path", "line", "word", "user", "list", "test",
-         "code", "table", "index", "queue", "value", "input", "print", "string", "number")  # fmt: skip
-FUNCTIONS = {
+WORDS = tuple(
+    "cat dog sun map box key tree node file path line word user list test code table index queue value input print "
+    "string number".split()
+)
+FUNCTIONS: dict[str, tuple[str, str, Callable[[int, int], int]]] = {
     "add": ("a, b", "a + b", lambda a, b: a + b),
     "subtract": ("a, b", "a - b", lambda a, b: a - b),
     "first": ("a, b", "a", lambda a, b: a),
@@ -35,7 +38,7 @@ def _literal(value: object) -> str:
 
 
 def _numbers(rng: Random, least: int = 2, most: int = 6) -> list[int]:
-    return rng.sample(range(30), rng.randint(least, most))
+    return rng.sample(range(10), rng.randint(least, most))
 
 
 def _about_list(rng: Random, values: list[int], call: str, answer: object, wrong: tuple[object, ...]) -> Exercise:
@@ -52,7 +55,7 @@ def _other_numbers(rng: Random, values: list[int], answer: int) -> tuple[int, ..
     """Three wrong numbers, from the list as far as it goes."""
     wrong = [value for value in values if value != answer]
     rng.shuffle(wrong)
-    spare = [value for value in range(30) if value not in values]
+    spare = [value for value in range(10) if value not in values]
     return tuple(wrong[:3] + rng.sample(spare, max(0, 3 - len(wrong))))
 
 
@@ -76,7 +79,7 @@ def extreme(rng: Random) -> Exercise:
 
 def order(rng: Random) -> Exercise:
     values = _numbers(rng, 3, 3)
-    orders = [[values[p] for p in places] for places in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))]
+    orders = [list(places) for places in permutations(values)]
     call, answer = rng.choice(
         (("sorted({})", sorted(values)), ("{}[::-1]", values[::-1]), ("list({})", values), ("{}[:2]", values[:2]))
     )
@@ -94,13 +97,14 @@ def append(rng: Random) -> Exercise:
 
 def membership(rng: Random) -> Exercise:
     values = _numbers(rng, 2, 5)
-    member = rng.choice(values) if rng.random() < 0.5 else rng.randrange(30)
+    member = rng.choice(values) if rng.random() < 0.5 else rng.randrange(10)
     answer = member in values
     return _about_list(rng, values, f"({member} in {{}})", answer, (not answer, None, []))
 
 
 def lookup(rng: Random) -> Exercise:
-    keys, values, name = rng.sample(KEYS, 4), rng.sample(range(30), 4), rng.choice(("table", "ages", "config", "prices"))
+    keys, values = rng.sample(KEYS, 4), rng.sample(range(10), 4)
+    name = rng.choice(("table", "ages", "config", "prices"))
     place = rng.randrange(4)
     body = ", ".join(f'"{key}": {value}' for key, value in zip(keys, values, strict=True))
     wrong = tuple(str(value) for value in values if value != values[place])
@@ -109,17 +113,18 @@ def lookup(rng: Random) -> Exercise:
 
 
 def variable(rng: Random) -> Exercise:
-    names, values = rng.sample(VARIABLES, 4), rng.sample(range(30), 4)
+    names, values = rng.sample(VARIABLES, 4), rng.sample(range(10), 4)
     place = rng.randrange(4)
     lines = "\n".join(f"{name} = {value}" for name, value in zip(names, values, strict=True))
     wrong = tuple(str(value) for value in values if value != values[place])
-    return Exercise(f"{lines}\nassert {names[place]} ==", str(values[place]), wrong, reserve("variable", *names, *values))
+    prompt = f"{lines}\nassert {names[place]} =="
+    return Exercise(prompt, str(values[place]), wrong, reserve("variable", *names, *values))
 
 
 def call(rng: Random) -> Exercise:
     name = rng.choice(tuple(FUNCTIONS))
     parameters, body, function = FUNCTIONS[name]
-    a, b = rng.randrange(20), rng.randrange(20)
+    a, b = rng.randrange(10), rng.randrange(10)
     if rng.random() < 0.2:
         b = a
     answer = function(a, b)
@@ -144,9 +149,13 @@ def join(rng: Random) -> Exercise:
 
 def spell(rng: Random) -> Exercise:
     word = rng.choice(WORDS)
-    operation, answer = rng.choice(
-        ((f'"{word}"[0]', word[0]), (f'"{word}"[-1]', word[-1]), (f'len("{word}")', len(word)), (f'"{word}".upper()', word.upper()))
-    )
+    answers: dict[str, int | str] = {
+        "{}[0]": word[0],
+        "{}[-1]": word[-1],
+        "len({})": len(word),
+        "{}.upper()": word.upper(),
+    }
+    operation, answer = rng.choice(tuple(answers.items()))
     if isinstance(answer, int):
         wrong = tuple(str(size) for size in range(2, 8) if size != answer)
     else:
@@ -154,9 +163,9 @@ def spell(rng: Random) -> Exercise:
         pool = "abcdeiklnoprstuv" if len(answer) == 1 else [other.upper() for other in WORDS]
         wrong = tuple(_literal(letter) for letter in rng.sample(sorted(set(pool) - others), 3))
     name = rng.choice(("s", "text", "word", "label"))
-    prompt = f"assert {operation} =="
+    prompt = f"assert {operation.format(_literal(word))} =="
     if rng.random() < 0.6:
-        prompt = f'{name} = "{word}"\nassert {operation.replace(_literal(word), name)} =='
+        prompt = f'{name} = "{word}"\nassert {operation.format(name)} =='
     return Exercise(prompt, _literal(answer), wrong, reserve("spell", prompt))
 
 
@@ -175,7 +184,7 @@ def loop(rng: Random) -> str:
             f"while {variable} < {limit}:\n    {variable} += 1",
             f"total = 0\nfor {variable} in {name}:\n    total += {variable}\nprint(total)",
             f"{name} = [{variable} for {variable} in range({limit})]\nassert len({name}) == {limit}",
-            f"if not {name}:\n    raise ValueError(\"{name} is empty\")",
+            f'if not {name}:\n    raise ValueError("{name} is empty")',
             f"with open(path) as file:\n    {name} = file.read().split()",
             f"class {name.title()}:\n    def __init__(self, {variable}):\n        self.{variable} = {variable}",
         )

@@ -24,19 +24,19 @@ def _near(rng: Random, answer: int) -> tuple[str, ...]:
 
 
 def add(rng: Random) -> Exercise:
-    a, b = rng.randrange(50), rng.randrange(50)
+    a, b = rng.randrange(30), rng.randrange(30)
     prompt = rng.choice(("{a} + {b} =", "{a} plus {b} is", "The sum of {a} and {b} is")).format(a=a, b=b)
     return Exercise(prompt, str(a + b), _near(rng, a + b), reserve("+", a, b))
 
 
 def subtract(rng: Random) -> Exercise:
-    a, b = sorted((rng.randrange(60), rng.randrange(60)), reverse=True)
+    a, b = sorted((rng.randrange(40), rng.randrange(40)), reverse=True)
     prompt = rng.choice(("{a} - {b} =", "{a} minus {b} is", "{a} less {b} leaves")).format(a=a, b=b)
     return Exercise(prompt, str(a - b), _near(rng, a - b), reserve("-", a, b))
 
 
 def multiply(rng: Random) -> Exercise:
-    a, b = rng.randrange(1, 13), rng.randrange(1, 13)
+    a, b = rng.randrange(1, 11), rng.randrange(1, 11)
     prompt = rng.choice(("{a} x {b} =", "{a} times {b} is", "The product of {a} and {b} is")).format(a=a, b=b)
     return Exercise(prompt, str(a * b), _near(rng, a * b), reserve("x", a, b))
 
@@ -49,7 +49,7 @@ def double(rng: Random) -> Exercise:
 
 
 def go_on(rng: Random) -> Exercise:
-    start, step = rng.randrange(30), rng.randrange(1, 10)
+    start, step = rng.randrange(20), rng.randrange(1, 8)
     terms = [start + step * position for position in range(5)]
     if rng.random() < 0.3:
         terms.reverse()
@@ -59,7 +59,7 @@ def go_on(rng: Random) -> Exercise:
 
 
 def compare(rng: Random) -> Exercise:
-    numbers = rng.sample(range(100), 4)
+    numbers = rng.sample(range(50), 4)
     word, answer = rng.choice((("largest", max(numbers)), ("smallest", min(numbers))))
     a, b, c, d = numbers
     prompt = rng.choice((f"The {word} of {a}, {b}, {c} and {d} is", f"Among {a}, {b}, {c}, {d} the {word} is"))
@@ -69,7 +69,7 @@ def compare(rng: Random) -> Exercise:
 
 def parity(rng: Random) -> Exercise:
     word, remainder = rng.choice((("even", 0), ("odd", 1)))
-    numbers = [2 * half + 1 - remainder for half in rng.sample(range(50), 3)] + [2 * rng.randrange(50) + remainder]
+    numbers = [2 * half + 1 - remainder for half in rng.sample(range(25), 3)] + [2 * rng.randrange(25) + remainder]
     answer = numbers[3]
     rng.shuffle(numbers)
     a, b, c, d = numbers
@@ -79,7 +79,7 @@ def parity(rng: Random) -> Exercise:
 
 
 def gain(rng: Random) -> Exercise:
-    a, b = rng.randrange(50), rng.randrange(50)
+    a, b = rng.randrange(30), rng.randrange(30)
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     verb = rng.choice(("buys", "finds", "wins"))
     prompt = f"{name} has {a} {things} and {verb} {b} more. Now {name} has"
@@ -87,7 +87,7 @@ def gain(rng: Random) -> Exercise:
 
 
 def lose(rng: Random) -> Exercise:
-    a, b = sorted((rng.randrange(60), rng.randrange(60)), reverse=True)
+    a, b = sorted((rng.randrange(40), rng.randrange(40)), reverse=True)
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     verb = rng.choice(("loses", "sells", "gives away"))
     prompt = f"{name} has {a} {things} and {verb} {b}. Now {name} has"

@@ -1,7 +1,7 @@
 """Negative selection: skip the neurons that a domain surely does not need.
 
-Those whose mean absolute activation on the domain's text lies below a percentile go ("Sparse Pathways: Domain-Aware Neuron
-Routing", A. Young). The axis over which the percentile is pooled changes the answer and is therefore an option.
+Those whose mean absolute activation on the domain's text lies below a percentile go ("Sparse Pathways: Domain-Aware
+Neuron Routing", A. Young). The axis over which the percentile is pooled changes the answer, so it is an option.
 """
 
 from dataclasses import dataclass

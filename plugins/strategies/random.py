@@ -43,7 +43,7 @@ def spath_addoption(group):
 
 @hookimpl
 def spath_collection_modifyitems(cases, session):
-    if session.options.plugin.get("no_controls") or session.options.mask is not None:
+    if session.options.plugin.get("no_controls"):
         return
     for case in list(cases):
         control = dataclasses.replace(case, strategy=Random(), execution=session.options.execution)

@@ -1,4 +1,4 @@
-"""Trains the small checkpoints that `--arch NAME` uses without `--model`: `python -m spath_eval.plugins.zoo.train gemma`.
+"""Trains the checkpoints that `--arch NAME` uses without `--model`: `python -m spath_eval.plugins.zoo.train NAME`.
 
 One tokenizer is shared by all families. A model learns from the split `train` of the four built-in domains: rows of
 packed documents, each batch with the same number of rows of every domain, AdamW with a cosine schedule, float32. It is
@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from spath_eval.plugins.domains._corpus import Corpus
 
 ZOO = Path(__file__).resolve().parent
 TOKENIZER = ZOO / "tokenizer"
 VOCABULARY = 2048
-DOMAINS = ("math", "code", "factual", "language")
+DOMAINS = {"math": 3, "code": 2, "factual": 2, "language": 1}
+"""Rows of each domain in a batch: more of what takes longer to learn."""
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
@@ -48,6 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {
         "model_type": "gemma3_text",
         **SHAPE,
+        "initializer_range": 0.08,
         "query_pre_attn_scalar": 32,
         "sliding_window": 64,
         "sliding_window_pattern": 3,
@@ -63,9 +65,7 @@ class Recipe:
     steps: int = 6000
     row: int = 128
     """Tokens in a row."""
-    rows: int = 2
-    """Rows of each domain in a batch."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup: int = 200
     """Steps in which the learning rate rises to its highest; it then falls to a tenth along a cosine."""
     weight_decay: float = 0.1
@@ -85,7 +85,7 @@ def corpora() -> dict[str, Corpus]:
     return {name: importlib.import_module(f"spath_eval.plugins.domains.{name}").CORPUS for name in DOMAINS}
 
 
-def train_tokenizer(folder: Path = TOKENIZER) -> PreTrainedTokenizerFast:
+def train_tokenizer(folder: Path = TOKENIZER) -> PreTrainedTokenizerBase:
     """Train the shared tokenizer, byte-level BPE with single digits, and save it.
 
     It puts `<bos>` in front of what it encodes, as Gemma's does.
@@ -122,7 +122,7 @@ def train_tokenizer(folder: Path = TOKENIZER) -> PreTrainedTokenizerFast:
     return fast
 
 
-def packed(texts: list[str], tokenizer: PreTrainedTokenizerFast, row: int) -> torch.Tensor:
+def packed(texts: list[str], tokenizer: PreTrainedTokenizerBase, row: int) -> torch.Tensor:
     """Documents one after another, each from `<bos>` to `<eos>`, cut into rows: `[rows, row]`."""
     import torch
 
@@ -132,19 +132,23 @@ def packed(texts: list[str], tokenizer: PreTrainedTokenizerFast, row: int) -> to
 
 
 def batches(rows: Mapping[str, torch.Tensor], recipe: Recipe, start: int) -> Iterator[torch.Tensor]:
-    """Batches from step `start` to the last, `[domains * recipe.rows, recipe.row]`; each pass has an order of its own."""
+    """Batches from step `start` to the last, `[rows, recipe.row]`.
+
+    Each pass over a domain's rows has an order of its own.
+    """
     import torch
 
     orders: dict[tuple[str, int], torch.Tensor] = {}
     for step in range(start, recipe.steps):
         picked = []
         for name, table in rows.items():
-            steps_per_pass = len(table) // recipe.rows
+            rows_per_step = DOMAINS[name]
+            steps_per_pass = len(table) // rows_per_step
             epoch, position = divmod(step, steps_per_pass)
             if (name, epoch) not in orders:
                 generator = torch.Generator().manual_seed(recipe.seed + epoch)
                 orders[name, epoch] = torch.randperm(len(table), generator=generator)
-            places = orders[name, epoch][position * recipe.rows : (position + 1) * recipe.rows]
+            places = orders[name, epoch][position * rows_per_step : (position + 1) * rows_per_step]
             picked.append(table[places])
         yield torch.cat(picked)
 
@@ -168,11 +172,28 @@ def heldout_losses(model: PreTrainedModel, rows: Mapping[str, torch.Tensor]) -> 
     return losses
 
 
+def initial(family: str) -> PreTrainedModel:
+    """A family's model before training, in float32.
+
+    Where the output of a block is normalised before it is added to the residual stream, all of them together start as
+    large as the embeddings, for else they drown out the tokens and learning starts late.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family])).float().train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+                weight.fill_((2 * model.config.num_hidden_layers) ** -0.5 - 1)
+    return model
+
+
 def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -> dict[str, Any]:
     """Train a family's model, save it to `out`, and return what its card needs. Its state is kept in `work`."""
     import torch
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER) if TOKENIZER.exists() else train_tokenizer()
     texts = corpora()
@@ -180,7 +201,7 @@ def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -
     heldout = {name: packed(corpus.texts("heldout"), tokenizer, recipe.row) for name, corpus in texts.items()}
 
     torch.manual_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family])).float().train()
+    model = initial(family)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     state = work / "state.pt"
     start = 0
@@ -219,15 +240,13 @@ def _save_state(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write a checkpoint in bfloat16 to `out`, each file replaced in one move."""
     import copy
 
-    import torch
-
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+        copy.deepcopy(model).bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in Path(folder).iterdir():
             os.replace(file, out / file.name)
@@ -260,14 +279,14 @@ tags: [spath-eval]
 
 # A small {family} for trying out sparse pathways
 
-`{model_type}` with {parameters:,} parameters, {ffn_share:.0%} of them in FFNs: {layers} layers, hidden size {hidden}, {width} neurons
-per FFN. It knows four small domains and nothing else; it is made to be measured, not to be used.
+`{model_type}` with {parameters:,} parameters, {ffn_share:.0%} of them in FFNs: {layers} layers, hidden size {hidden},
+{width} neurons per FFN. It knows four small domains and nothing else; it is made to be measured, not to be used.
 
 - Made by `python -m spath_eval.plugins.zoo.train {family} --steps {steps}`, seed {seed}.
-- Data: split `train` of the domains math, code, factual and language of spath-eval, which generators and hand-written tables
-  make ({tokens} tokens). Their splits `profile` and `heldout` and their evaluation items were not seen.
-- Training: {steps} steps of {batch} tokens ({seen:,} in all, a quarter from each domain), AdamW, highest learning rate {rate},
-  cosine schedule, float32; saved in bfloat16.
+- Data: split `train` of spath-eval's domains, made by generators and from hand-written tables
+  (tokens: {tokens}). Their splits `profile` and `heldout` and their evaluation items were not seen.
+- Training: {steps} steps of {batch:,} tokens ({seen:,} in all; {rows}), AdamW, learning rate {rate}
+  at its highest, cosine schedule, float32; saved in bfloat16.
 - Held-out loss in nats per token: {losses}.
 
 | task | metric | items | chance | score |
@@ -289,7 +308,7 @@ def write_card(family: str, recipe: Recipe, out: Path, facts: Mapping[str, Any])
     for task, (metric, items, value) in scores(out).items():
         chance = "0.250" if task.endswith("choice") else "0"
         lines.append(f"| {task} | {metric} | {items} | {chance} | {value:.3f} |")
-    batch = recipe.row * recipe.rows * len(DOMAINS)
+    batch = recipe.row * sum(DOMAINS.values())
     card = CARD.format(
         family=family,
         model_type=model.config.model_type,
@@ -301,6 +320,7 @@ def write_card(family: str, recipe: Recipe, out: Path, facts: Mapping[str, Any])
         steps=recipe.steps,
         seed=recipe.seed,
         batch=batch,
+        rows=", ".join(f"{name} {share / sum(DOMAINS.values()):.0%}" for name, share in DOMAINS.items()),
         seen=batch * recipe.steps,
         rate=recipe.learning_rate,
         tokens=", ".join(f"{name} {count:,}" for name, count in facts["tokens"].items()),

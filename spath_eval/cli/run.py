@@ -15,7 +15,8 @@ from spath_eval.cli import NO_CASES, load_registry, plugin_options
 from spath_eval.contracts import UsageError
 
 if TYPE_CHECKING:
-    from spath_eval.session import Session
+    from spath_eval.registry import Registry
+    from spath_eval.session import LoadedModel, Session
 
 
 class RunCommand(click.Command):
@@ -179,6 +180,8 @@ def command(context: click.Context, **given: Any) -> int:
             )
         },
     )
+    if context.obj.verbose:
+        logging.getLogger("spath_eval").setLevel(logging.DEBUG)
     session = Session(options, context.meta["registry"], context.meta["given"])
     if not session.cases:
         click.echo("no cases selected", err=True)
@@ -190,14 +193,45 @@ def command(context: click.Context, **given: Any) -> int:
     return _run(session)
 
 
+def prepare(registry: Registry, given: dict[str, Any]) -> tuple[Session, LoadedModel]:
+    """For the commands that make one file of one model: a session, of which no case is run, and its model, loaded."""
+    from spath_eval.collection import parse_sparsities
+
+    sparsities = parse_sparsities(given.get("sparsity", "0.15"))
+    texts = profile_texts(given["profile_text"])
+    quiet_libraries()
+    from spath_eval.records import check_writable
+    from spath_eval.session import Options, Session
+
+    options = Options(
+        models=given["models"],
+        domains=split_list(given["domain"]),
+        strategies=split_list(given.get("strategy", "negative")),
+        sparsities=sparsities,
+        profile_text=texts,
+        **{
+            name: given[name]
+            for name in ("arch", "revision", "device", "dtype", "batch_size", "profile_tokens", "seed")
+        },
+    )
+    session = Session(options, registry)
+    if len(session.targets) != 1:
+        raise UsageError("name one model")
+    check_writable(given["output"])
+    session.loaded = session.load(session.targets[0])
+    return session, session.loaded
+
+
 def _run(session: Session) -> int:
     from tqdm import tqdm
 
     from spath_eval.reports.console import case_line
 
-    for lines in session.registry.hook.spath_report_header(session=session):
-        for line in [lines] if isinstance(lines, str) else lines:
-            click.echo(line, err=True)
+    def on_start() -> None:
+        for lines in session.registry.hook.spath_report_header(session=session):
+            for line in [lines] if isinstance(lines, str) else lines:
+                click.echo(line, err=True)
+
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     with tqdm(
         total=len(session.cases), unit="case", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
@@ -207,7 +241,7 @@ def _run(session: Session) -> int:
             bar.write(case_line(case, colour=colour), file=sys.stderr)
             bar.update()
 
-        record = session.run(on_case)
+        record = session.run(on_start, on_case)
     report = session.registry.report("console")
     width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
     click.echo(

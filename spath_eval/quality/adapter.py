@@ -1,7 +1,7 @@
 """lm-eval tasks on a loaded model: the same requests for every arm.
 
-Scores are lm-eval's own: its `HFLM` answers the requests and its `evaluate` applies filters and metrics. What is added is
-the phase for the exercise gate, and the way prompt strategies need: the context runs dense, what follows it sparse.
+Scores are lm-eval's own: its `HFLM` answers the requests and its `evaluate` applies filters and metrics. What is added
+is the phase for the exercise gate, and what prompt strategies need: the context runs dense, what follows it sparse.
 lm-eval's request cache is never used, because it does not know which model answered.
 """
 
@@ -103,7 +103,7 @@ class PathwayLM(HFLM):
         return super()._model_generate(context, max_length, stop, **settings)
 
     def _after_prompt(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Log-likelihood of a continuation whose context is the prompt, and whether it is what greedy decoding gives."""
+        """Log-likelihood of a continuation whose context is the prompt, and whether greedy decoding gives it."""
         assert self.prompt_pathway
         ids = torch.tensor([(context + continuation)[-(self.max_length + 1) :]], device=self.device)
         split = ids.shape[1] - len(continuation)
@@ -112,7 +112,7 @@ class PathwayLM(HFLM):
             prompt = self.model(ids[:, :split], use_cache=True)
             logits = prompt.logits[:, -1:]
             if len(continuation) > 1:
-                rest = self.model(ids[:, split:-1], past_key_values=prompt.past_key_values, use_cache=True)
+                rest = self.model(ids[:, split:-1], cache=prompt.cache, use_cache=True)
                 logits = torch.cat([logits, rest.logits], dim=1)
         logprobs = logits.float().log_softmax(-1)
         targets = ids[:, split:]
@@ -121,7 +121,7 @@ class PathwayLM(HFLM):
 
 
 def load_tasks(names: Sequence[str], folders: Iterable[Path]) -> dict[str, ConfigurableTask]:
-    """The tasks called `names`, from `folders`. Raises `UsageError` for a name that is not there or cannot be loaded."""
+    """The tasks called `names`, from `folders`. Raises `UsageError` for one that is not there or cannot be loaded."""
     manager = TaskManager(include_path=sorted({str(folder) for folder in folders}), include_defaults=False)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UsageError(f"unknown task {unknown[0]!r}: there are {', '.join(manager.all_subtasks)}")

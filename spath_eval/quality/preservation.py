@@ -1,7 +1,7 @@
 """Output preservation: how far a pathway's outputs on held-out text of the domain are from the dense model's.
 
-Cosine similarity of final hidden states, Kullback-Leibler divergence KL(dense || sparse) of next-token distributions in nats,
-agreement of the most likely token, and the ratio of perplexities with an interval over documents.
+Cosine similarity of final hidden states, Kullback-Leibler divergence KL(dense || sparse) of next-token distributions in
+nats, agreement of the most likely token, and the ratio of perplexities with an interval over documents.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The speed of a case: its model dense against compact, and one layer of the family's reference shape beside it.
 
-The small model says what a user of that model gets; the layer, with random weights at the achieved sparsity, what a model of a
-published size would get. Only compact execution is timed: masking does not skip.
+The model says what its user gets; the layer, with random weights at the achieved sparsity, what a model of a published
+size would get. Only compact execution is timed: masking does not skip.
 """
 
 from __future__ import annotations

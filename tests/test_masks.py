@@ -1,0 +1,216 @@
+"""Masks: exact counts, a deterministic choice, files that say what they are."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spath_eval import UsageError
+from spath_eval.masks import Mask, drop_all, keep_all, remove_lowest
+from spath_eval.plugins.architectures.gemma import GEMMA
+
+WIDTHS = {"a": 64, "b": 48, "c": 81}
+
+
+@pytest.fixture
+def scores():
+    generator = torch.Generator().manual_seed(0)
+    return {path: torch.rand(width, generator=generator) for path, width in WIDTHS.items()}
+
+
+def lowest(values, sparsity):
+    """Plain reference: the places of the lowest share, the first of equals first."""
+    return sorted(range(len(values)), key=lambda place: (values[place], place))[: round(sparsity * len(values))]
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.05, 0.15, 0.3, 0.5, 0.999])
+def test_the_lowest_share_of_every_layer_goes(scores, sparsity):
+    mask = remove_lowest(scores, sparsity)
+    for path, values in scores.items():
+        assert (~mask[path]).nonzero().flatten().tolist() == sorted(lowest(values.tolist(), sparsity))
+    removed = sum(round(sparsity * width) for width in WIDTHS.values())
+    assert mask.achieved == pytest.approx(removed / sum(WIDTHS.values()), abs=1e-12)
+    assert mask.per_site == pytest.approx({path: round(sparsity * width) / width for path, width in WIDTHS.items()})
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.05, 0.15, 0.3, 0.5, 0.999])
+def test_the_lowest_share_of_the_whole_model_goes(scores, sparsity):
+    scores["a"] /= 3  # so that layers lose different shares
+    mask = remove_lowest(scores, sparsity, "model")
+    together = np.concatenate([values.numpy() for values in scores.values()])
+    expected = np.ones(len(together), dtype=bool)
+    expected[lowest(together.tolist(), sparsity)] = False
+    assert np.array_equal(np.concatenate([mask[path].numpy() for path in scores]), expected)
+    assert mask.achieved == pytest.approx(round(sparsity * len(together)) / len(together), abs=1e-12)
+
+
+@pytest.mark.parametrize("pool", ["layer", "model"])
+def test_of_equal_scores_the_first_go(pool):
+    mask = remove_lowest({"a": torch.zeros(10), "b": torch.zeros(10)}, 0.25, pool)
+    assert (~mask["a"]).nonzero().flatten().tolist() == ([0, 1] if pool == "layer" else [0, 1, 2, 3, 4])
+    assert mask["b"].sum() == (8 if pool == "layer" else 10)
+
+
+def test_experts_lose_the_same_share_each():
+    scores = torch.rand(4, 20, generator=torch.Generator().manual_seed(0))
+    mask = remove_lowest({"a": scores}, 0.3)
+    for expert in range(4):
+        expected = sorted(lowest(scores[expert].tolist(), 0.3))
+        assert (~mask["a"][expert]).nonzero().flatten().tolist() == expected
+    assert mask.achieved == pytest.approx(0.3)
+
+
+def test_experts_are_pooled_over_the_model_too():
+    scores = {"a": torch.rand(4, 20, generator=torch.Generator().manual_seed(0)), "b": torch.ones(20) + 1}
+    mask = remove_lowest(scores, 0.4, "model")
+    expected = lowest(scores["a"].flatten().tolist() + [2.0] * 20, 0.4)
+    assert mask["a"].shape == (4, 20)
+    assert (~mask["a"]).flatten().nonzero().flatten().tolist() == sorted(expected)
+    assert mask["b"].all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("pool", ["layer", "model"])
+def test_scores_that_are_not_finite_are_refused(scores, value, pool):
+    scores["b"][7] = value
+    with pytest.raises(ValueError, match="scores of b are not finite"):
+        remove_lowest(scores, 0.15, pool)
+
+
+def test_a_mask_does_not_follow_the_tensor_it_was_made_of():
+    keep = torch.ones(8, dtype=torch.bool)
+    parts = {"a": keep}
+    mask = Mask(parts)
+    digest = mask.digest
+    keep[:4] = False
+    parts["b"] = keep
+    assert list(mask.keep) == ["a"]
+    assert mask["a"].all()
+    assert mask.achieved == 0
+    assert Mask(mask.keep).digest == digest
+
+
+@pytest.mark.parametrize("keep", [torch.ones(4), torch.ones(4, dtype=torch.uint8), torch.ones(2, 2, 2).bool()])
+def test_a_mask_is_boolean_over_neurons(keep):
+    with pytest.raises(UsageError, match="mask of a: expected boolean"):
+        Mask({"a": keep})
+
+
+def test_digest_tells_masks_apart():
+    base = {"a": torch.tensor([True, False, True, False]), "b": torch.tensor([True, True])}
+    different = [
+        base | {"a": torch.tensor([True, False, True, True])},
+        base | {"a": torch.tensor([[True, False], [True, False]])},
+        {"a": base["a"], "c": base["b"]},
+    ]
+    digests = {Mask(parts).digest for parts in [base, *different]}
+    assert len(digests) == 4
+    assert Mask(dict(reversed(base.items())), {"note": "of another order and origin"}).digest == Mask(base).digest
+
+
+def test_check_accepts_the_model_it_was_made_for_and_names_what_differs(tiny_model):
+    sites = GEMMA.sites(tiny_model("gemma"))
+    for mask in (keep_all(sites), drop_all(sites)):
+        mask.check(sites)
+    keep = dict(keep_all(sites).keep)
+    first = keep.pop("model.layers.0.mlp")
+    with pytest.raises(UsageError, match=r"lacks 1 of the model's sites, model\.layers\.0\.mlp among them"):
+        Mask(keep).check(sites)
+    with pytest.raises(UsageError, match=r"sites that the model lacks: model\.layers\.9\.mlp"):
+        Mask(keep_all(sites).keep | {"model.layers.9.mlp": first}).check(sites)
+    for shape in ([63], [1, 64]):
+        with pytest.raises(UsageError, match=rf"model\.layers\.0\.mlp has shape \[{shape[0]}.*the model's site \[64\]"):
+            Mask(keep | {"model.layers.0.mlp": torch.ones(shape, dtype=torch.bool)}).check(sites)
+
+
+def test_keep_all_and_drop_all_are_what_they_say(tiny_model):
+    sites = GEMMA.sites(tiny_model("gemma3n_text"))
+    assert keep_all(sites).achieved == 0
+    assert drop_all(sites).achieved == 1
+    assert {path: len(keep) for path, keep in drop_all(sites).keep.items()} == {site.path: site.width for site in sites}
+
+
+def test_a_saved_mask_comes_back_with_its_provenance(scores, tmp_path):
+    mask = Mask(remove_lowest(scores, 0.15).keep, {"model": "ab12", "domain": "math"})
+    path = tmp_path / "new folder" / "mask.safetensors"
+    mask.save(path)
+    loaded = Mask.load(path)
+    assert loaded.provenance == {"model": "ab12", "domain": "math"}
+    assert loaded.digest == mask.digest
+    assert loaded.keep.keys() == mask.keep.keys()
+    assert all(torch.equal(loaded[path], mask[path]) for path in mask.keep)
+    assert [file.name for file in path.parent.iterdir()] == ["mask.safetensors"]
+
+
+def test_saving_replaces_an_older_file_whole(scores, tmp_path):
+    path = tmp_path / "mask.safetensors"
+    remove_lowest(scores, 0.5).save(path)
+    mask = remove_lowest({"a": scores["a"]}, 0.15)
+    mask.save(path)
+    assert Mask.load(path).digest == mask.digest
+
+
+def no_mask(path):
+    path.write_text("these are words")
+
+
+def truncated(path):
+    Mask({"a": torch.ones(64, dtype=torch.bool)}).save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def of_another_program(path):
+    save_file({"a": torch.ones(4, dtype=torch.bool)}, path)
+
+
+def of_another_kind(path):
+    save_file({"a": torch.ones(4, dtype=torch.bool)}, path, {"spath_eval": "profile"})
+
+
+def of_numbers(path):
+    save_file({"a": torch.ones(4)}, path, {"spath_eval": "mask"})
+
+
+def a_folder(path):
+    path.mkdir()
+
+
+def nothing(path):
+    pass
+
+
+@pytest.mark.parametrize(
+    "write", [no_mask, truncated, of_another_program, of_another_kind, of_numbers, a_folder, nothing]
+)
+def test_what_is_no_mask_file_is_a_usage_error_of_one_line(write, tmp_path):
+    path = tmp_path / "mask.safetensors"
+    write(path)
+    with pytest.raises(UsageError) as caught:
+        Mask.load(path)
+    assert "\n" not in str(caught.value)
+    assert "mask" in str(caught.value)
+
+
+def test_a_file_whose_values_were_changed_after_it_was_written_is_refused(tmp_path):
+    path = tmp_path / "mask.safetensors"
+    Mask({"a": torch.ones(64, dtype=torch.bool)}).save(path)
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(UsageError, match="digest"):
+        Mask.load(path)
+
+
+def test_where_the_file_system_refuses_no_partial_file_is_left(scores, tmp_path):
+    mask = remove_lowest(scores, 0.15)
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (file / "mask.safetensors", folder):
+        with pytest.raises(UsageError, match="cannot write"):
+            mask.save(path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+    assert file.read_text() == "in the way"
