@@ -5,6 +5,7 @@ The id is `model/domain/strategy@sparsity`; it is the key for `-k`, for reports 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
@@ -55,14 +56,15 @@ def collect(
     sparsities: Sequence[float],
     execution: Execution,
 ) -> list[Case]:
-    """All combinations, by model, domain, sparsity and strategy; token and prompt strategies run masked."""
-    return [
+    """All combinations, by model, domain, sparsity and strategy, each once; token and prompt strategies run masked."""
+    cases = [
         Case(model, domain, strategy, sparsity, execution if strategy.kind == "static" else "masked")
         for model in models
         for domain in domains
         for sparsity in sparsities
         for strategy in strategies
     ]
+    return list({case.id: case for case in cases}.values())
 
 
 def keyword_filter(expression: str) -> Callable[[str], bool]:
@@ -73,9 +75,13 @@ def keyword_filter(expression: str) -> Callable[[str], bool]:
     tokens = re.findall(r"[()]|[^\s()]+", expression)
     code = [token if token in {"and", "or", "not", "(", ")"} else f"({token.lower()!r} in id)" for token in tokens]
     try:
-        compiled = compile(" ".join(code), "-k", "eval")
-    except SyntaxError:
+        tree = ast.parse(" ".join(code), "-k", "eval")
+        # to Python, two words in parentheses beside each other are a call, and empty parentheses a tuple
+        if any(isinstance(node, ast.Call | ast.Tuple) for node in ast.walk(tree)):
+            raise SyntaxError
+    except (SyntaxError, MemoryError):
         raise UsageError(f"-k {expression!r}: expected words joined by and, or, not and parentheses") from None
+    compiled = compile(tree, "-k", "eval")
     return lambda id: bool(eval(compiled, {"__builtins__": {}}, {"id": id.lower()}))
 
 

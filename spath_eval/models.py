@@ -22,6 +22,8 @@ from spath_eval.contracts import Architecture, LoadRequest, UsageError
 if TYPE_CHECKING:
     from spath_eval.registry import Registry
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,6 +97,10 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         raise UsageError(
             f"{request.reference}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them; "
             "a model with random weights would be measured"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning(
+            "%s: the model has no place for %d weights, %s among them", request.reference, len(unused), unused[0]
         )
     if not request.device_map:
         model = model.to(request.device)

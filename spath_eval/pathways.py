@@ -42,6 +42,8 @@ class Pathway:
     """A model whose FFNs run sparse within `applied()`, and dense outside."""
 
     execution: Execution = "masked"
+    sparse_phases: tuple[str, ...] = ("scoring", "prefill", "decode")
+    """The phases in which it removes neurons."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = sites
@@ -127,16 +129,19 @@ class PromptPathway(Pathway):
     `begin()` starts a prompt; the forward after it is the prompt, all later ones what follows it. One row at a time.
     """
 
+    sparse_phases = ("scoring", "decode")
+
     def __init__(self, sites: Sequence[Site], strategy: Strategy, context: Context) -> None:
         super().__init__(sites)
         self.strategy, self.context = strategy, context
         self._prompt: dict[str, Tensor] = {}
+        self._skip = 0
         self.mask: Mask | None = None
         self.removed: list[float] = []
 
-    def begin(self) -> None:
-        """The next forward is a prompt."""
-        self._prompt, self.mask = {}, None
+    def begin(self, skip: int = 0) -> None:
+        """The next forward is a prompt, whose first `skip` tokens (BOS) the strategy is not shown."""
+        self._prompt, self.mask, self._skip = {}, None, skip
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -156,7 +161,7 @@ class PromptPathway(Pathway):
     def _keep_at(self, site: Site) -> Callable[[Tensor | None, Tensor], Tensor | None]:
         def keep(gate: Tensor | None, product: Tensor) -> Tensor | None:
             if site.path not in self._prompt:
-                self._prompt[site.path] = product
+                self._prompt[site.path] = product[self._skip :]
                 return None
             if self.mask is None:
                 self.mask = self.strategy.select_prompt(self.context, self._prompt)
@@ -182,6 +187,7 @@ class Exercise:
         self._nonzero: dict[tuple[str, str], Tensor] = {}
         self._wrong_width: dict[tuple[str, str], int] = {}
         self._phase = "scoring"
+        self._sparse: set[str] = set()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -194,7 +200,7 @@ class Exercise:
             yield
 
     def check(self, phases: Iterable[str]) -> dict[str, Any]:
-        """The gate's part of the record. Raises `GateError` where the pathway was not applied, or a phase not seen."""
+        """The gate's part of the record. Raises `GateError` where the pathway was not applied in one of `phases`."""
         for (path, phase), width in self._wrong_width.items():
             raise GateError(
                 f"mask not applied at {path} in {phase}: {width} neurons entered down, not the compact width"
@@ -208,8 +214,9 @@ class Exercise:
                     raise GateError(
                         f"mask not applied at {site.path} in {phase}: seen in {seen} of {forwards} forwards"
                     )
-        if unseen := [phase for phase in phases if not self.forwards[phase]]:
-            raise GateError(f"the model was never run with the mask in {unseen[0]}")
+        for phase in phases:
+            if phase in self.pathway.sparse_phases and phase not in self._sparse:
+                raise GateError(f"the model was never run with the mask in {phase}")
         return {"ok": True, "phases": dict(self.forwards), "sites": len(self.pathway.sites)}
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -222,6 +229,8 @@ class Exercise:
         key = (site.path, self._phase)
         self.seen[key] += 1
         expected = self.pathway.expected(site)
+        if expected is not None:
+            self._sparse.add(self._phase)
         if isinstance(expected, int):
             if values.shape[-1] != expected:
                 self._wrong_width[key] = values.shape[-1]

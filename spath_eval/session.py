@@ -210,10 +210,11 @@ class Session:
         finally:
             self._shared.append(self.loaded.shared_records())
             self._samples += self.loaded.dense_samples()
-            self.loaded = None
+            self.loaded = self.pathway = None  # so that two models are never in memory together
 
     def _run_case(self, case: Case) -> dict[str, Any]:
         started = time.perf_counter()
+        self.pathway = None
         result = self._describe(case)
         try:
             result |= self.registry.hook.spath_run_case(case=case, session=self)
@@ -324,9 +325,11 @@ class LoadedModel:
         self.fingerprint = fingerprint(model)
         self.lm = PathwayLM(model, tokenizer, session.options.batch_size)
         self._corpora: dict[str, Corpus] = {}
-        self._profiles: dict[str, DomainProfile] = {}
+        self._domain_profiles: dict[str, DomainProfile] = {}
+        self._profiles: dict[str, Profile] = {}
+        """Those that strategies were given, by fingerprint."""
         self._dense: dict[str, Evaluation] = {}
-        self._preservation: dict[str, Preservation | None] = {}
+        self._preservation: dict[str, Preservation] = {}
         self._neutrality: dict[Execution, Neutrality] = {}
         self.layer_speed: dict[tuple[str, float], dict[str, Any]] = {}
         """Timings of a reference layer, by shape and sparsity: they do not depend on the case."""
@@ -356,7 +359,8 @@ class LoadedModel:
         """The statistics called `names` of each domain. Raises `UsageError` for an unknown one."""
         if unknown := [name for name in names if name not in STATISTICS]:
             raise UsageError(f"unknown statistic {unknown[0]!r}: there are {', '.join(STATISTICS)}")
-        return Profile({domain.name: self._domain_profile(domain, names) for domain in domains}, self.fingerprint)
+        profile = Profile({domain.name: self._domain_profile(domain, names) for domain in domains}, self.fingerprint)
+        return self._profiles.setdefault(profile.fingerprint, profile)
 
     def select(self, case: Case, context: Context) -> Mask:
         """The mask that the case's static strategy selects, with its provenance."""
@@ -375,21 +379,16 @@ class LoadedModel:
             self._dense[domain.name] = evaluate(self.lm, self.session.tasks[domain.name], options.limit, options.seed)
         return self._dense[domain.name]
 
-    def preservation(self, domain: Domain) -> Preservation | None:
-        """The dense model's outputs on the domain's held-out text; none where there is no such text."""
+    def preservation(self, domain: Domain) -> Preservation:
+        """The dense model's outputs on the domain's held-out text. Raises `UsageError` where there is no such text."""
         if domain.name not in self._preservation:
             options = self.session.options
-            heldout = self.corpus(domain).heldout
-            self._preservation[domain.name] = (
-                Preservation(
-                    self.model,
-                    self.tokenizer,
-                    heldout,
-                    tokens=options.preservation_tokens,
-                    batch_size=options.batch_size,
-                )
-                if heldout
-                else None
+            self._preservation[domain.name] = Preservation(
+                self.model,
+                self.tokenizer,
+                self.corpus(domain).heldout,
+                tokens=options.preservation_tokens,
+                batch_size=options.batch_size,
             )
         return self._preservation[domain.name]
 
@@ -407,7 +406,8 @@ class LoadedModel:
 
     def context(self, case: Case) -> Context:
         """What the case's strategy may look at."""
-        seed = hashlib.sha256(f"{self.session.options.seed}/{case.id}".encode()).digest()
+        name = dataclasses.replace(case, execution="compact").id  # the same mask, however it is executed
+        seed = hashlib.sha256(f"{self.session.options.seed}/{name}".encode()).digest()
         calibration = (
             batch.inputs(self.model.device)
             for batch in batches(
@@ -447,17 +447,16 @@ class LoadedModel:
     def shared_records(self) -> dict[str, list[dict[str, Any]]]:
         """The record's `profiles`, `tasks` and `dense` entries of the model."""
         options = self.session.options
-        profiles = []
-        if self._profiles:
-            profiles.append(
-                {
-                    "model": self.target.name,
-                    "fingerprint": Profile(self._profiles, self.fingerprint).fingerprint,
-                    "domains": list(self._profiles),
-                    "tokens": {name: part.tokens for name, part in self._profiles.items()},
-                    "texts": {name: part.source for name, part in self._profiles.items()},
-                }
-            )
+        profiles = [
+            {
+                "model": self.target.name,
+                "fingerprint": fingerprint,
+                "domains": list(profile.domains),
+                "tokens": {name: part.tokens for name, part in profile.domains.items()},
+                "texts": {name: part.source for name, part in profile.domains.items()},
+            }
+            for fingerprint, profile in self._profiles.items()
+        ]
         tasks, dense = [], []
         for domain, evaluation in self._dense.items():
             for task in self.session.tasks[domain].values():
@@ -478,11 +477,11 @@ class LoadedModel:
         ]
 
     def _domain_profile(self, domain: Domain, names: Sequence[str]) -> DomainProfile:
-        if domain.name not in self._profiles:
+        if domain.name not in self._domain_profiles:
             options = self.session.options
             settings: dict[str, Any] = {"tokens": options.profile_tokens, "batch_size": options.batch_size}
             corpus = self.corpus(domain)
-            self._profiles[domain.name] = cached_profile(
+            self._domain_profiles[domain.name] = cached_profile(
                 self.fingerprint,
                 self.model,
                 domain.name,
@@ -490,7 +489,7 @@ class LoadedModel:
                 settings | {"statistics": list(names)},
                 lambda: profile_domain(self.model, self.tokenizer, self.sites, domain.name, corpus, names, **settings),
             )
-        return self._profiles[domain.name]
+        return self._domain_profiles[domain.name]
 
 
 def run_case(case: Case, session: Session) -> dict[str, Any]:
@@ -626,9 +625,10 @@ def preserve(loaded: LoadedModel, case: Case, pathway: Pathway) -> dict[str, Any
     """The record's `preservation` of a case, or the reason why there is none."""
     if isinstance(pathway, PromptPathway):
         return {"preservation": None, "preservation_reason": "a prompt strategy has no mask for text without a prompt"}
-    preservation = loaded.preservation(case.domain)
-    if preservation is None:
-        return {"preservation": None, "preservation_reason": "the domain's text leaves no document held out"}
+    try:
+        preservation = loaded.preservation(case.domain)
+    except UsageError as error:
+        return {"preservation": None, "preservation_reason": str(error)}
     return {"preservation": preservation.compare(pathway, seed=loaded.session.options.seed)}
 
 
@@ -649,7 +649,8 @@ def check_disjoint(loaded: LoadedModel, case: Case, allowed: bool) -> dict[str, 
     """
     known = set()
     if case.strategy.requires or case.strategy.needs_batches:
-        for document in loaded.corpus(case.domain).profile:
+        domains = loaded.session.registry.domains.values() if case.strategy.all_domains else [case.domain]
+        for document in (text for domain in domains for text in loaded.corpus(domain).profile):
             known.add(digest(document))
             known.update(digest(line) for line in document.splitlines() if line.strip())
     overlap = {}

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing by more, and lose much on a busy machine
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TQDM_DISABLE="1")
 
 Distribute = Callable[..., Path]
@@ -124,3 +132,119 @@ def tiny_tokenizer():
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a randomly initialised Gemma of two layers, with the tokenizer of the project's own models."""
+    import torch
+    from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
+
+    from spath_eval import plugins
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(Path(plugins.__file__).parent / "zoo" / "tokenizer")
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    GemmaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of the command line left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def record_path(self) -> Path:
+        """Where stderr says the record is."""
+        return Path(re.findall(r"^record: (.+)$", self.err, flags=re.MULTILINE)[-1])
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record, which is checked against the schema."""
+        from spath_eval import records
+
+        record = records.read(self.record_path)
+        records.validate(record)
+        return record
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The rows of the samples file that lies beside the record."""
+        text = self.record_path.with_suffix(".samples.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def spath_eval_command() -> Callable[..., Outcome]:
+    """Calls `spath-eval` in this process: `spath_eval_command("run", ...)` is its outcome.
+
+    What is logged goes to stderr, as in a process of its own.
+    """
+    from spath_eval.cli import main
+
+    def call(*arguments: object) -> Outcome:
+        out, err = io.StringIO(), io.StringIO()
+        logged = logging.StreamHandler(err)
+        logged.setLevel(logging.WARNING)
+        logged.setFormatter(logging.Formatter("warning: %(message)s"))
+        logging.getLogger().addHandler(logged)
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                status = main([str(argument) for argument in arguments])
+        finally:
+            logging.getLogger().removeHandler(logged)
+        return Outcome(status, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and an empty profile cache outside of it."""
+    folder = tmp_path / "workplace"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SPATH_CACHE_DIR", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 80 short documents, to profile on quickly."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text("\n\n".join(f"Line {n} says that {n} plus {n} is {2 * n}." for n in range(80)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def brief(short_text: Path) -> list[str]:
+    """Options that make a run on the domain math take a second or two."""
+    options = "--domain math --limit 4 --profile-tokens 600 --preservation-tokens 300 --batch-size 8 --no-speed"
+    return [*options.split(), "--profile-text", f"math={short_text}"]
+
+
+@pytest.fixture
+def run(
+    spath_eval_command: Callable[..., Outcome], workplace: Path, tiny_checkpoint: Path, brief: list[str]
+) -> Callable[..., Outcome]:
+    """Calls `spath-eval run` on the tiny checkpoint with the brief options, and with those given, which win."""
+    return lambda *arguments: spath_eval_command("run", "--model", tiny_checkpoint, *brief, *arguments)

@@ -105,6 +105,11 @@ def pickled(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(folder / "executed")))
 
 
+def pickled_beside_other_safetensors(folder):
+    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(folder / "executed")))
+
+
 def without_weights(folder):
     (folder / "model.safetensors").unlink()
 
@@ -157,6 +162,7 @@ DAMAGES = {
     unknown_type: "no_such_model",
     remote_code: "cannot be loaded",
     pickled: "pytorch_model.bin is a pickle, which can execute code; convert it to safetensors",
+    pickled_beside_other_safetensors: "its weights cannot be loaded",
     without_weights: "holds no .safetensors file",
     truncated: "its weights cannot be loaded",
     truncated_in_its_header: "its weights cannot be loaded",

@@ -182,6 +182,17 @@ def test_a_mask_that_is_not_applied_at_one_site_fails(sites, mask, run, probe, e
         exercise.check(PHASES)
 
 
+def test_one_faulty_forward_fails_though_those_after_it_are_right(sites, mask, run, probe):
+    site = sites[1]
+    site.masked = lambda mask: site.filtered(
+        lambda gate, product: None if run.is_in("scoring") and len(product) > 1 else mask[site.path]
+    )
+    exercise = watched(StaticPathway(sites, mask, "masked"), run, probe)
+    assert exercise.forwards["scoring"] == 2
+    with pytest.raises(GateError, match=rf"mask not applied at {re.escape(site.path)} in scoring"):
+        exercise.check(PHASES)
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_a_mask_that_is_applied_nowhere_fails(model, sites, mask, run, probe, execution):
     pathway = StaticPathway(sites, mask, execution)

@@ -16,11 +16,13 @@ from random import Random
 
 SPLITS = {"train": (0, 1, 2, 3), "profile": (4, 5), "heldout": (6, 7)}
 """Which eighths of all documents a split consists of."""
-DOCUMENTS = {"train": 30_000, "profile": 1_300, "heldout": 400}
+DOCUMENTS = {"train": 30_000, "profile": 1_600, "heldout": 400}
 """How many documents `texts` returns."""
 RESERVED_SHARE = 8
 """One in so many sampled instances is reserved for evaluation."""
 CHOICES = 4
+START, END = "\x02", "\x03"
+"""What encloses answers in `Corpus.marked`; no text has these characters."""
 LINES = 10
 """A document has at most so many lines."""
 
@@ -38,8 +40,9 @@ class Exercise:
     tail: str = ""
 
     @property
-    def text(self) -> str:
-        return f"{self.prompt} {self.answer}{self.tail}"
+    def marked(self) -> str:
+        """The line of text, with marks around all that follows the prompt."""
+        return f"{self.prompt}{START} {self.answer}{self.tail}{END}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Item:
 
 
 Kind = Callable[[Random], Exercise]
+
+
+def plain(document: str) -> str:
+    """A marked document without its marks."""
+    return document.replace(START, "").replace(END, "")
 
 
 def bucket(text: str, buckets: int) -> int:
@@ -78,7 +86,7 @@ class Corpus:
     """Kinds of which multiple-choice items are made (and texts)."""
     generate: tuple[Kind, ...]
     """Kinds of which generation items are made (and texts)."""
-    prose: tuple[Callable[[Random], str], ...] = ()
+    prose: tuple[Callable[[Random], Exercise | str], ...] = ()
     """Further passages that only texts contain."""
     exercises: tuple[int, int] = (2, 6)
     """The least and the most exercises in a document."""
@@ -94,13 +102,17 @@ class Corpus:
 
         Raises `ValueError` for another split.
         """
+        return [plain(document) for document in self.marked(split)]
+
+    def marked(self, split: str) -> list[str]:
+        """The same documents with marks around the answers in them, for training that weighs answers more."""
         if split not in SPLITS:
             raise ValueError(f"domain {self.name} has no split {split!r}; there are {', '.join(SPLITS)}")
         rng = Random(f"{self.name} {split}")
         documents: dict[str, None] = {}
         while len(documents) < DOCUMENTS[split]:
             document = self._document(rng)
-            if bucket(document.casefold(), 8) in SPLITS[split]:
+            if bucket(plain(document).casefold(), 8) in SPLITS[split]:
                 documents[document] = None
         return list(documents)
 
@@ -115,8 +127,9 @@ class Corpus:
     def _passage(self, rng: Random) -> str:
         position = rng.randrange(len(self._kinds) + len(self.prose))
         if position < len(self._kinds):
-            return _draw(rng, self._kinds[position], reserved=False).text
-        return self.prose[position - len(self._kinds)](rng)
+            return _draw(rng, self._kinds[position], reserved=False).marked
+        passage = self.prose[position - len(self._kinds)](rng)
+        return passage if isinstance(passage, str) else passage.marked
 
     def items(self, form: str) -> list[Item]:
         """The evaluation items of the form `choice` or `generate`, always the same ones; no two share a prompt."""

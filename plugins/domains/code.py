@@ -169,6 +169,12 @@ def spell(rng: Random) -> Exercise:
     return Exercise(prompt, _literal(answer), wrong, reserve("spell", prompt))
 
 
+def copy(rng: Random) -> Exercise:
+    a, b = rng.sample(LISTS, 2)
+    values = str(_numbers(rng)) if rng.random() < 0.7 else _literal(" ".join(rng.sample(WORDS, 3)))
+    return Exercise(f"{a} = {values}\n{b} =", values, (), False)
+
+
 def define(rng: Random) -> str:
     name = rng.choice(tuple(FUNCTIONS))
     parameters, body, _ = FUNCTIONS[name]
@@ -195,7 +201,7 @@ CORPUS = Corpus(
     name="code",
     choice=(length, element, extreme, order, append, membership, lookup, variable, call, join, spell),
     generate=(length, element, extreme, append, lookup, variable, call, join),
-    prose=(define, loop),
+    prose=(copy, define, loop),
     exercises=(1, 4),
 )
 

@@ -18,19 +18,24 @@ THINGS = ("apples", "marbles", "coins", "cards", "stamps", "pencils", "shells", 
 
 
 def _near(rng: Random, answer: int) -> tuple[str, ...]:
-    """Three numbers that a slip would give."""
-    slips = [answer + slip for slip in (-11, -10, -2, -1, 1, 2, 10, 11) if answer + slip >= 0]
+    """Three numbers that a slip or a bad guess would give."""
+    slips = [answer + slip for slip in (-20, -11, -10, -5, -2, -1, 1, 2, 5, 10, 11, 20) if answer + slip >= 0]
     return tuple(str(slip) for slip in rng.sample(slips, 3))
 
 
+def _operand(rng: Random, limit: int) -> int:
+    """A number below `limit`, half of the time one with a single digit."""
+    return rng.randrange(10) if rng.random() < 0.5 else rng.randrange(limit)
+
+
 def add(rng: Random) -> Exercise:
-    a, b = rng.randrange(30), rng.randrange(30)
+    a, b = _operand(rng, 30), _operand(rng, 30)
     prompt = rng.choice(("{a} + {b} =", "{a} plus {b} is", "The sum of {a} and {b} is")).format(a=a, b=b)
     return Exercise(prompt, str(a + b), _near(rng, a + b), reserve("+", a, b))
 
 
 def subtract(rng: Random) -> Exercise:
-    a, b = sorted((rng.randrange(40), rng.randrange(40)), reverse=True)
+    a, b = sorted((_operand(rng, 40), _operand(rng, 40)), reverse=True)
     prompt = rng.choice(("{a} - {b} =", "{a} minus {b} is", "{a} less {b} leaves")).format(a=a, b=b)
     return Exercise(prompt, str(a - b), _near(rng, a - b), reserve("-", a, b))
 
@@ -79,7 +84,7 @@ def parity(rng: Random) -> Exercise:
 
 
 def gain(rng: Random) -> Exercise:
-    a, b = rng.randrange(30), rng.randrange(30)
+    a, b = _operand(rng, 30), _operand(rng, 30)
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     verb = rng.choice(("buys", "finds", "wins"))
     prompt = f"{name} has {a} {things} and {verb} {b} more. Now {name} has"
@@ -87,17 +92,23 @@ def gain(rng: Random) -> Exercise:
 
 
 def lose(rng: Random) -> Exercise:
-    a, b = sorted((rng.randrange(40), rng.randrange(40)), reverse=True)
+    a, b = sorted((_operand(rng, 40), _operand(rng, 40)), reverse=True)
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     verb = rng.choice(("loses", "sells", "gives away"))
     prompt = f"{name} has {a} {things} and {verb} {b}. Now {name} has"
     return Exercise(prompt, str(a - b), _near(rng, a - b), reserve("-", a, b), f" {things}.")
 
 
+def copy(rng: Random) -> Exercise:
+    numbers = ", ".join(str(number) for number in rng.sample(range(50), rng.randint(2, 6)))
+    return Exercise(rng.choice((f"Write down {numbers}:", f"Again {numbers},")), numbers, (), False)
+
+
 CORPUS = Corpus(
     name="math",
     choice=(add, subtract, multiply, double, go_on, compare, parity, gain, lose),
     generate=(add, subtract, go_on, compare, gain, lose),
+    prose=(copy,),
 )
 
 

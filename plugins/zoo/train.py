@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).resolve().parent
 TOKENIZER = ZOO / "tokenizer"
 VOCABULARY = 2048
-DOMAINS = {"math": 3, "code": 2, "factual": 2, "language": 1}
+DOMAINS = {"math": 3, "code": 3, "factual": 1, "language": 1}
 """Rows of each domain in a batch: more of what takes longer to learn."""
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -62,13 +62,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 class Recipe:
     """How a model is trained."""
 
-    steps: int = 6000
+    steps: int = 5000
     row: int = 128
     """Tokens in a row."""
     learning_rate: float = 3e-3
     warmup: int = 200
     """Steps in which the learning rate rises to its highest; it then falls to a tenth along a cosine."""
     weight_decay: float = 0.1
+    other_weight: float = 0.2
+    """Weight in the loss of tokens outside answers, many of which are drawn at random and cannot be learned."""
     seed: int = 0
     save_every: int = 500
 
@@ -90,12 +92,12 @@ def train_tokenizer(folder: Path = TOKENIZER) -> PreTrainedTokenizerBase:
 
     It puts `<bos>` in front of what it encodes, as Gemma's does.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(Regex(" ?[0-9]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -122,20 +124,41 @@ def train_tokenizer(folder: Path = TOKENIZER) -> PreTrainedTokenizerBase:
     return fast
 
 
-def packed(texts: list[str], tokenizer: PreTrainedTokenizerBase, row: int) -> torch.Tensor:
-    """Documents one after another, each from `<bos>` to `<eos>`, cut into rows: `[rows, row]`."""
+@dataclass(frozen=True)
+class Rows:
+    """Documents one after another, each from `<bos>` to `<eos>`, cut into rows."""
+
+    tokens: torch.Tensor
+    """`[rows, tokens]`."""
+    answers: torch.Tensor
+    """1 where a token is part of an answer, else 0; `[rows, tokens]`."""
+
+    def __getitem__(self, places: Any) -> Rows:
+        return Rows(self.tokens[places], self.answers[places])
+
+
+def packed(documents: list[str], tokenizer: PreTrainedTokenizerBase, row: int) -> Rows:
+    """Rows of `row` tokens from marked documents (`Corpus.marked`)."""
     import torch
 
-    encoded = tokenizer(texts, add_special_tokens=True)["input_ids"]
-    tokens = torch.tensor([token for ids in encoded for token in (*ids, tokenizer.eos_token_id)])
-    return tokens[: len(tokens) // row * row].view(-1, row)
+    from spath_eval.plugins.domains._corpus import END, START, plain
+
+    encoded = tokenizer([plain(document) for document in documents], return_offsets_mapping=True)
+    tokens: list[int] = []
+    answers: list[int] = []
+    for document, ids, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        inside: list[int] = []
+        for stretch in document.split(START):
+            answer, _, other = stretch.rpartition(END)
+            inside += [1] * len(answer) + [0] * len(other)
+        tokens += (*ids, tokenizer.eos_token_id)
+        answers += (*(inside[start] for start, _ in offsets), 0)
+    whole = len(tokens) // row * row
+    return Rows(torch.tensor(tokens[:whole]).view(-1, row), torch.tensor(answers[:whole]).view(-1, row))
 
 
-def batches(rows: Mapping[str, torch.Tensor], recipe: Recipe, start: int) -> Iterator[torch.Tensor]:
-    """Batches from step `start` to the last, `[rows, recipe.row]`.
-
-    Each pass over a domain's rows has an order of its own.
-    """
+def batches(rows: Mapping[str, Rows], recipe: Recipe, start: int) -> Iterator[Rows]:
+    """Batches from step `start` to the last; each pass over a domain's rows has an order of its own."""
     import torch
 
     orders: dict[tuple[str, int], torch.Tensor] = {}
@@ -143,31 +166,31 @@ def batches(rows: Mapping[str, torch.Tensor], recipe: Recipe, start: int) -> Ite
         picked = []
         for name, table in rows.items():
             rows_per_step = DOMAINS[name]
-            steps_per_pass = len(table) // rows_per_step
-            epoch, position = divmod(step, steps_per_pass)
+            epoch, position = divmod(step, len(table.tokens) // rows_per_step)
             if (name, epoch) not in orders:
                 generator = torch.Generator().manual_seed(recipe.seed + epoch)
-                orders[name, epoch] = torch.randperm(len(table), generator=generator)
-            places = orders[name, epoch][position * rows_per_step : (position + 1) * rows_per_step]
-            picked.append(table[places])
-        yield torch.cat(picked)
+                orders[name, epoch] = torch.randperm(len(table.tokens), generator=generator)
+            picked.append(table[orders[name, epoch][position * rows_per_step : (position + 1) * rows_per_step]])
+        yield Rows(torch.cat([part.tokens for part in picked]), torch.cat([part.answers for part in picked]))
 
 
-def loss_of(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross entropy in nats over a batch `[rows, tokens]`."""
+def loss_of(model: PreTrainedModel, batch: Rows, other_weight: float) -> torch.Tensor:
+    """Weighted mean next-token cross entropy in nats: tokens of answers weigh 1, the others `other_weight`."""
     import torch
 
-    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    logits = model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
+    weights = (batch.answers + (1 - batch.answers) * other_weight)[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
 
 
-def heldout_losses(model: PreTrainedModel, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The loss on each domain's held-out texts."""
+def heldout_losses(model: PreTrainedModel, rows: Mapping[str, Rows]) -> dict[str, float]:
+    """The loss on the answers in each domain's held-out texts."""
     import torch
 
     model.eval()
     with torch.inference_mode():
-        losses = {name: round(float(loss_of(model, table[:64])), 4) for name, table in rows.items()}
+        losses = {name: round(float(loss_of(model, table[:64], 0.0)), 4) for name, table in rows.items()}
     model.train()
     return losses
 
@@ -197,8 +220,8 @@ def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER) if TOKENIZER.exists() else train_tokenizer()
     texts = corpora()
-    rows = {name: packed(corpus.texts("train"), tokenizer, recipe.row) for name, corpus in texts.items()}
-    heldout = {name: packed(corpus.texts("heldout"), tokenizer, recipe.row) for name, corpus in texts.items()}
+    rows = {name: packed(corpus.marked("train"), tokenizer, recipe.row) for name, corpus in texts.items()}
+    heldout = {name: packed(corpus.marked("heldout"), tokenizer, recipe.row) for name, corpus in texts.items()}
 
     torch.manual_seed(recipe.seed)
     model = initial(family)
@@ -216,7 +239,7 @@ def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -
     for step, batch in enumerate(progress, start):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        loss = loss_of(model, batch)
+        loss = loss_of(model, batch, recipe.other_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -228,7 +251,7 @@ def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -
             progress.write(f"step {step + 1}: held-out loss {losses}", file=sys.stderr)
             _save_state(state, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
             export(model, tokenizer, out)
-    return {"tokens": {name: table.numel() for name, table in rows.items()}, "losses": losses}
+    return {"tokens": {name: table.tokens.numel() for name, table in rows.items()}, "losses": losses}
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> None:
@@ -286,8 +309,8 @@ tags: [spath-eval]
 - Data: split `train` of spath-eval's domains, made by generators and from hand-written tables
   (tokens: {tokens}). Their splits `profile` and `heldout` and their evaluation items were not seen.
 - Training: {steps} steps of {batch:,} tokens ({seen:,} in all; {rows}), AdamW, learning rate {rate}
-  at its highest, cosine schedule, float32; saved in bfloat16.
-- Held-out loss in nats per token: {losses}.
+  at its highest, cosine schedule, float32; tokens outside answers weigh {other_weight}. Saved in bfloat16.
+- Loss on the answers in held-out texts, in nats per token: {losses}.
 
 | task | metric | items | chance | score |
 |---|---|---|---|---|
@@ -321,6 +344,7 @@ def write_card(family: str, recipe: Recipe, out: Path, facts: Mapping[str, Any])
         seed=recipe.seed,
         batch=batch,
         rows=", ".join(f"{name} {share / sum(DOMAINS.values()):.0%}" for name, share in DOMAINS.items()),
+        other_weight=recipe.other_weight,
         seen=batch * recipe.steps,
         rate=recipe.learning_rate,
         tokens=", ".join(f"{name} {count:,}" for name, count in facts["tokens"].items()),

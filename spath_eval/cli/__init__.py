@@ -107,6 +107,8 @@ def load_registry(plugin_names: Sequence[str], strict_plugins: bool, *, warn: bo
     """
     blocked = [name.removeprefix("no:") for name in plugin_names if name.startswith("no:")]
     wanted = [name for name in plugin_names if not name.startswith("no:")]
+    if wanted and os.getcwd() not in sys.path:  # last, so that nothing there can stand in for an installed module
+        sys.path.append(os.getcwd())
     registry = Registry.load(wanted=wanted, blocked=blocked, strict=strict_plugins)
     if warn:
         for problem in registry.problems:

@@ -24,7 +24,7 @@ def command(plugin_names: tuple[str, ...], strict_plugins: bool, **given: Any) -
     session, loaded = prepare(load_registry(plugin_names, strict_plugins), given)
     from spath_eval.cli.run import split_list
 
-    profile = loaded.make_profile(session.domains, split_list(given["statistics"]))
+    profile = loaded.make_profile(session.domains, split_list("--statistics", given["statistics"]))
     profile.save(given["output"])
     for domain, part in profile.domains.items():
         click.echo(f"{domain}: {part.tokens} tokens of {part.source}")

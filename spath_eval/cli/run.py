@@ -60,9 +60,14 @@ def profile_texts(values: tuple[str, ...]) -> dict[str, Path]:
     return texts
 
 
-def split_list(text: str | None) -> tuple[str, ...]:
-    """A comma-separated option as its parts."""
-    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+def split_list(option: str, text: str | None) -> tuple[str, ...]:
+    """A comma-separated option as its parts, none where it is not given. Raises `UsageError` for an empty part."""
+    if text is None:
+        return ()
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not all(parts):
+        raise UsageError(f"{option} {text!r}: expected names, by commas")
+    return parts
 
 
 MODEL_OPTIONS = [
@@ -153,8 +158,8 @@ def command(context: click.Context, **given: Any) -> int:
 
     options = Options(
         models=given["models"],
-        domains=split_list(given["domain"]),
-        strategies=split_list(given["strategy"]),
+        domains=split_list("--domain", given["domain"]),
+        strategies=split_list("--strategy", given["strategy"]),
         sparsities=sparsities,
         speed=not given["no_speed"],
         profile_text=texts,
@@ -205,8 +210,8 @@ def prepare(registry: Registry, given: dict[str, Any]) -> tuple[Session, LoadedM
 
     options = Options(
         models=given["models"],
-        domains=split_list(given["domain"]),
-        strategies=split_list(given.get("strategy", "negative")),
+        domains=split_list("--domain", given["domain"]),
+        strategies=split_list("--strategy", given.get("strategy", "negative")),
         sparsities=sparsities,
         profile_text=texts,
         **{

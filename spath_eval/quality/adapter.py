@@ -99,15 +99,18 @@ class PathwayLM(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         if self.prompt_pathway:
-            self.prompt_pathway.begin()
+            self.prompt_pathway.begin(skip=self._leading_bos(context))
         return super()._model_generate(context, max_length, stop, **settings)
+
+    def _leading_bos(self, ids: torch.Tensor) -> int:
+        return int(ids[0, 0] == self.tokenizer.bos_token_id) if self.tokenizer.bos_token_id is not None else 0
 
     def _after_prompt(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         """Log-likelihood of a continuation whose context is the prompt, and whether greedy decoding gives it."""
         assert self.prompt_pathway
         ids = torch.tensor([(context + continuation)[-(self.max_length + 1) :]], device=self.device)
         split = ids.shape[1] - len(continuation)
-        self.prompt_pathway.begin()
+        self.prompt_pathway.begin(skip=self._leading_bos(ids))
         with torch.inference_mode():
             prompt = self.model(ids[:, :split], use_cache=True)
             logits = prompt.logits[:, -1:]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spath_eval.contracts import UsageError
 from spath_eval.models import output_head
 from spath_eval.pathways import Pathway
 from spath_eval.profiling import forward_backbone
@@ -25,7 +26,10 @@ CHUNK = 128
 
 
 class Preservation:
-    """The dense model's outputs on held-out text, computed once, against which pathways are compared."""
+    """The dense model's outputs on held-out text, computed once, against which pathways are compared.
+
+    Raises `UsageError` where the text holds nothing to predict.
+    """
 
     def __init__(
         self,
@@ -38,6 +42,8 @@ class Preservation:
     ) -> None:
         self.model = model
         self.batches = list(batches(tokenizer, documents, tokens=tokens, batch_size=batch_size))
+        if not any(batch.counted[:, 1:].any() for batch in self.batches):
+            raise UsageError("the domain's text holds no held-out token to predict")
         with torch.inference_mode():
             self.dense = [forward_backbone(model, batch) for batch in self.batches]
 

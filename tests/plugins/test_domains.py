@@ -13,7 +13,7 @@ from spath_eval.plugins.domains import _corpus, factual, language
 
 DOMAINS = ("math", "code", "factual", "language")
 DIGESTS = {
-    "math": "0cfa496ec7fc7c35",
+    "math": "f50aebd71dc8863b",
     "code": "98161da26c64e3fe",
     "factual": "a5452e626ae05913",
     "language": "14981caa1ecaaf7e",

@@ -87,13 +87,49 @@ def test_training_again_or_in_two_halves_gives_the_same_weights(small, tmp_path,
         assert all(torch.equal(once[key], other[key]) for key in once)
 
 
+def _rows(tokens):
+    return zoo.Rows(tokens, torch.zeros_like(tokens))
+
+
 def test_every_batch_has_its_share_of_each_domain_and_a_pass_uses_each_row_once(small):
-    rows = {"math": torch.arange(12).view(12, 1), "code": torch.arange(100, 108).view(8, 1)}
-    seen = list(zoo.batches(rows, small, 0))
-    assert len(seen) == 4
-    assert all((batch >= 100).flatten().tolist() == [False] * 3 + [True] * 2 for batch in seen)
-    assert sorted(torch.cat(seen).flatten().tolist()) == [*range(12), *range(100, 108)]
-    assert torch.equal(torch.stack(list(zoo.batches(rows, small, 2))), torch.stack(seen[2:]))
+    math, language = zoo.DOMAINS["math"], zoo.DOMAINS["language"]
+    rows = {
+        "math": _rows(torch.arange(4 * math).view(-1, 1)),
+        "language": _rows(100 + torch.arange(4 * language).view(-1, 1)),
+    }
+    seen = [batch.tokens.flatten() for batch in zoo.batches(rows, small, 0)]
+    assert [(batch >= 100).tolist() for batch in seen] == [[False] * math + [True] * language] * 4
+    assert sorted(torch.cat(seen).tolist()) == [*range(4 * math), *range(100, 100 + 4 * language)]
+    again = [batch.tokens.flatten() for batch in zoo.batches(rows, small, 2)]
+    assert all(torch.equal(one, other) for one, other in zip(again, seen[2:], strict=True))
+
+
+def test_answers_are_marked_token_by_token():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(zoo.TOKENIZER)
+    start, end = _corpus.START, _corpus.END
+    rows = zoo.packed([f"2 + 11 ={start} 13 coins.{end}\nHalf of 8 is{start} 4{end}", "No answer"], tokenizer, 4)
+    tokens, answers = rows.tokens.flatten(), rows.answers.flatten().bool()
+    assert tokenizer.decode(tokens[answers]) == " 13 coins. 4"
+    assert tokenizer.decode(tokens[~answers]).startswith("<bos>2 + 11 =\nHalf of 8 is<eos><bos>No")
+
+
+def test_loss_is_the_mean_over_answers_where_nothing_else_weighs(small):
+    model = zoo.initial("gemma")
+    tokens = torch.randint(3, zoo.VOCABULARY, (2, 9))
+    answers = torch.randint(0, 2, (2, 9))
+    logits = model(input_ids=tokens).logits.double().log_softmax(-1)
+    losses = {
+        place: -logits[row, column - 1, tokens[row, column]].item()
+        for row in range(2)
+        for column in range(1, 9)
+        for place in [(row, column)]
+    }
+    picked = [loss for place, loss in losses.items() if answers[place]]
+    batch = zoo.Rows(tokens, answers)
+    assert zoo.loss_of(model, batch, 0.0).item() == pytest.approx(sum(picked) / len(picked), rel=1e-5)
+    assert zoo.loss_of(model, batch, 1.0).item() == pytest.approx(sum(losses.values()) / len(losses), rel=1e-5)
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():
