@@ -39,6 +39,8 @@ class FFN:
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
+    model_types: tuple[str, ...] = ()
+    """The model types it is for, where the types of a family differ."""
     couples_neurons: str | None = None
     """Attribute of the block that is true where its activation function looks at all gate outputs together."""
 

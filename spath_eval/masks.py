@@ -90,6 +90,8 @@ class Mask:
     def load(cls, path: Path) -> Mask:
         """Read a mask. Raises `UsageError` for what is none, or does not hold the values it was written with."""
         tensors, header = read_safetensors(path, "mask")
+        if not tensors:
+            raise UsageError(f"mask {path} is empty: it has no site")
         mask = cls(tensors, {key: value for key, value in header.items() if key not in ("spath_eval", "digest")})
         if header.get("digest", mask.digest) != mask.digest:
             raise UsageError(f"mask {path} is damaged: its values do not have the digest that its header gives")

@@ -25,7 +25,7 @@ from spath_eval.contracts import Context, Strategy
 from spath_eval.masks import Mask, drop_all, keep_all
 from spath_eval.models import output_head
 from spath_eval.profiling import forward_backbone
-from spath_eval.sites import Site
+from spath_eval.sites import Observation, Site
 from spath_eval.texts import Batch
 
 Execution = Literal["compact", "masked"]
@@ -54,8 +54,8 @@ class Pathway:
         raise NotImplementedError
         yield
 
-    def expected(self, site: Site) -> Tensor | int | None:
-        """What the next tensor to enter down at `site` must look like: the neurons that may be non-zero (boolean,
+    def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
+        """What must be true of what was `seen` to enter down at `site`: the neurons that may be non-zero (boolean,
         broadcast over rows), or its width; none where nothing is removed."""
         raise NotImplementedError
 
@@ -83,8 +83,11 @@ class StaticPathway(Pathway):
                 stack.enter_context(site.masked(self.mask) if compact is None else site.installed(compact))
             yield
 
-    def expected(self, site: Site) -> Tensor | int | None:
-        return site.kept_width(self.mask) if self.execution == "compact" else self._keep[site.path]
+    def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
+        if self.execution == "compact":
+            return site.kept_width(self.mask)
+        keep = self._keep[site.path]
+        return keep if seen.experts is None else keep[seen.experts]
 
 
 class TokenPathway(Pathway):
@@ -103,7 +106,7 @@ class TokenPathway(Pathway):
                 stack.enter_context(site.filtered(self._keep_at(site)))
             yield
 
-    def expected(self, site: Site) -> Tensor | int | None:
+    def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
         unasked = torch.zeros(site.width, dtype=torch.bool, device=site.down.device)
         return self._decided.pop(site.path, unasked)
 
@@ -150,7 +153,7 @@ class PromptPathway(Pathway):
                 stack.enter_context(site.filtered(self._keep_at(site)))
             yield
 
-    def expected(self, site: Site) -> Tensor | int | None:
+    def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
         return None if self.mask is None else self.mask[site.path].to(site.down.device)
 
     @property
@@ -225,17 +228,17 @@ class Exercise:
         self._phase = "scoring" if self.scoring else "decode" if prefilled else "prefill"
         self.forwards[self._phase] += 1
 
-    def _on_down(self, site: Site, values: Tensor) -> None:
+    def _on_down(self, site: Site, seen: Observation) -> None:
+        values = seen.values
         key = (site.path, self._phase)
         self.seen[key] += 1
-        expected = self.pathway.expected(site)
+        expected = self.pathway.expected(site, seen)
         if expected is not None:
             self._sparse.add(self._phase)
         if isinstance(expected, int):
             if values.shape[-1] != expected:
                 self._wrong_width[key] = values.shape[-1]
         elif expected is not None:
-            expected = expected if expected.dim() == 1 else expected.reshape(values.shape)
             nonzero = values.masked_fill(expected, 0).any()
             self._nonzero[key] = self._nonzero[key] | nonzero if key in self._nonzero else nonzero
 

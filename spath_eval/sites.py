@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class Site(ABC):
         """
 
     @abstractmethod
-    def entering_down(self, receive: Callable[[Tensor], None]) -> AbstractContextManager[None]:
+    def entering_down(self, receive: Callable[[Observation], None]) -> AbstractContextManager[None]:
         """Within the context, hand to `receive` what enters the down projection of the FFN now in the model, whichever
         that is, and of the dense FFN, should it be called in its stead."""
 
@@ -128,27 +128,26 @@ class Site(ABC):
         return cast(nn.Module, getattr(self._parent, self._name))
 
 
-class GatedSite(Site):
-    """`down(activation(gate(x)) * up(x))`: Llama, Gemma, Qwen and most others (Shazeer, "GLU Variants Improve
-    Transformer", 2020)."""
+class DenseSite(Site):
+    """An FFN that every token passes: some projections whose rows are neurons, an activation function, and down."""
+
+    modules: tuple[str, ...] = ()
+    """The fields of `FFN` that name submodules of this shape."""
 
     def __init__(self, model: PreTrainedModel, path: str, ffn: FFN) -> None:
         super().__init__(model, path, ffn)
-        for name in (ffn.gate, ffn.up, ffn.down, ffn.activation):
+        for name in (getattr(ffn, field) for field in self.modules):
             if not isinstance(getattr(self.module, name, None), nn.Module):
-                raise UsageError(f"{path} ({type(self.module).__name__}) has no module {name!r}, as a gated FFN has")
+                kind = f"{path} ({type(self.module).__name__})"
+                raise UsageError(f"{kind} has no module {name!r}, as an FFN of shape {ffn.shape!r} has")
+
+    @abstractmethod
+    def rows(self, kept: Tensor) -> dict[str, Tensor]:
+        """For each projection before down, the rows that compact execution keeps of it, where `kept` neurons stay."""
 
     @property
     def width(self) -> int:
         return self.down.shape[1]
-
-    @property
-    def gate(self) -> Tensor:
-        return self._projection(self.ffn.gate).weight
-
-    @property
-    def up(self) -> Tensor:
-        return self._projection(self.ffn.up).weight
 
     @property
     def down(self) -> Tensor:
@@ -162,8 +161,7 @@ class GatedSite(Site):
     @contextmanager
     def observe(self, receive: Callable[[Observation], None]) -> Iterator[None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0].reshape(-1, inputs[0].shape[-1])
-            receive(Observation(values, torch.arange(len(values), device=values.device)))
+            receive(_all_tokens(inputs[0]))
 
         with _removing(self._projection(self.ffn.down).register_forward_pre_hook(hook)):
             yield
@@ -173,7 +171,7 @@ class GatedSite(Site):
         gates: list[Tensor] = []
 
         def remember_gate(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            gates[:] = [output.reshape(-1, output.shape[-1])]
+            gates[:] = [output.flatten(0, -2)]  # a compact FFN whose width is 0 shares the activation function
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             product = inputs[0]
@@ -183,17 +181,16 @@ class GatedSite(Site):
             kept = kept if kept.dim() == 1 else kept.reshape(product.shape)
             return (product.masked_fill(~kept, 0), *inputs[1:])
 
-        activation = getattr(self.module, self.ffn.activation)
-        with (
-            _removing(activation.register_forward_hook(remember_gate)),
-            _removing(self._projection(self.ffn.down).register_forward_pre_hook(hook)),
-        ):
+        handles = [self._projection(self.ffn.down).register_forward_pre_hook(hook)]
+        if self.gate is not None:
+            handles.append(getattr(self.module, self.ffn.activation).register_forward_hook(remember_gate))
+        with _removing(*handles):
             yield
 
     @contextmanager
-    def entering_down(self, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    def entering_down(self, receive: Callable[[Observation], None]) -> Iterator[None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            receive(inputs[0])
+            receive(_all_tokens(inputs[0]))
 
         downs = {id(module): getattr(module, self.ffn.down) for module in (self.installed_module, self.module)}
         handles = [down.register_forward_pre_hook(hook) for down in downs.values()]
@@ -208,9 +205,9 @@ class GatedSite(Site):
         module = _clone(self.module)
         if self.couples_neurons:
             setattr(module, self.ffn.activation, nn.Sequential(getattr(module, self.ffn.activation), _Pick(kept)))
-        else:
-            setattr(module, self.ffn.gate, self._sliced(self.ffn.gate, kept, 0))
-        setattr(module, self.ffn.up, self._sliced(self.ffn.up, kept, 0))
+        for name, rows in self.rows(kept).items():
+            if len(rows) < self._projection(name).out_features:
+                setattr(module, name, self._sliced(name, rows, 0))
         setattr(module, self.ffn.down, self._sliced(self.ffn.down, kept, 1))
         return module
 
@@ -218,14 +215,13 @@ class GatedSite(Site):
         return int(mask[self.path].sum())
 
     def weight_bytes(self, mask: Mask | None) -> int:
-        share = 1.0 if mask is None else self.kept_width(mask) / self.width
-        names = {self.ffn.gate: 1.0 if self.couples_neurons else share, self.ffn.up: share, self.ffn.down: share}
-        total = 0
-        for name, kept in names.items():
+        kept = torch.arange(self.width) if mask is None else mask[self.path].nonzero().squeeze(-1)
+        down = self._projection(self.ffn.down)
+        total = down.weight[:, :1].nbytes * len(kept) + (0 if down.bias is None else down.bias.nbytes)
+        for name, rows in self.rows(kept).items():
             projection = self._projection(name)
-            total += round(projection.weight.nbytes * kept)
-            if projection.bias is not None:
-                total += round(projection.bias.nbytes * (1.0 if name == self.ffn.down else kept))
+            row = projection.weight[:1].nbytes + (0 if projection.bias is None else projection.bias[:1].nbytes)
+            total += row * len(rows)
         return total
 
     def _projection(self, name: str) -> nn.Linear:
@@ -249,6 +245,269 @@ class GatedSite(Site):
         return sliced
 
 
+class PlainSite(DenseSite):
+    """`down(activation(up(x)))`, often with biases: Phi, GPT-2 and the first transformers (Vaswani et al., 2017)."""
+
+    modules = ("up", "down", "activation")
+
+    @property
+    def gate(self) -> None:
+        return None
+
+    @property
+    def up(self) -> Tensor:
+        return self._projection(self.ffn.up).weight
+
+    def rows(self, kept: Tensor) -> dict[str, Tensor]:
+        return {self.ffn.up: kept}
+
+
+class GatedSite(DenseSite):
+    """`down(activation(gate(x)) * up(x))`: Llama, Gemma, Qwen and most others (Shazeer, "GLU Variants Improve
+    Transformer", 2020)."""
+
+    modules = ("gate", "up", "down", "activation")
+
+    @property
+    def gate(self) -> Tensor:
+        return self._projection(self.ffn.gate).weight
+
+    @property
+    def up(self) -> Tensor:
+        return self._projection(self.ffn.up).weight
+
+    def rows(self, kept: Tensor) -> dict[str, Tensor]:
+        whole = torch.arange(self.width, device=kept.device)
+        return {self.ffn.gate: whole if self.couples_neurons else kept, self.ffn.up: kept}
+
+
+class FusedGatedSite(DenseSite):
+    """The gated shape with gate and up in one projection, gate first: Phi-3. `FFN.up` names it."""
+
+    modules = ("up", "down", "activation")
+
+    @property
+    def gate(self) -> Tensor:
+        return self._projection(self.ffn.up).weight[: self.width]
+
+    @property
+    def up(self) -> Tensor:
+        return self._projection(self.ffn.up).weight[self.width :]
+
+    def rows(self, kept: Tensor) -> dict[str, Tensor]:
+        return {self.ffn.up: torch.cat([kept, kept + self.width])}
+
+
+ALIGNMENT = 8
+"""Neurons: rows of 16 bytes in two-byte types, without which `torch.nn.functional.grouped_mm` refuses weights."""
+
+
+class ExpertsSite(Site):
+    """The routed experts of a layer, whose weights are fused into three-dimensional parameters (mixtures in transformers).
+
+    Every expert is a gated FFN with `width` neurons of its own. What is observed or masked runs through a loop over
+    the experts that were chosen; where nothing is removed the model's own experts function runs, bit for bit, and so it
+    does in compact execution, on smaller parameters.
+    """
+
+    def __init__(self, model: PreTrainedModel, path: str, ffn: FFN) -> None:
+        super().__init__(model, path, ffn)
+        for name in (ffn.up, ffn.down):
+            if getattr(getattr(self.module, name, None), "ndim", 0) != 3:
+                raise UsageError(f"{path} ({type(self.module).__name__}) has no fused experts {name!r}")
+        if not getattr(self.module, "has_gate", True):
+            raise UsageError(
+                f"{path} ({type(self.module).__name__}) has experts without a gate, which are not supported"
+            )
+        self._watchers: list[Callable[[Observation], None]] = []
+
+    @property
+    def width(self) -> int:
+        return self.down.shape[2]
+
+    @property
+    def experts(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def gate(self) -> Tensor:
+        """`[experts, width, hidden]`."""
+        return self._gate_up(self.module)[:, self._rows[0]]
+
+    @property
+    def up(self) -> Tensor:
+        """`[experts, width, hidden]`."""
+        return self._gate_up(self.module)[:, self._rows[1]]
+
+    @property
+    def down(self) -> Tensor:
+        """`[experts, hidden, width]`."""
+        return self._down(self.module)
+
+    @contextmanager
+    def observe(self, receive: Callable[[Observation], None]) -> Iterator[None]:
+        def edit(observation: Observation) -> Tensor:
+            receive(observation)
+            return observation.values
+
+        with self._forward_by(edit):
+            yield
+
+    @contextmanager
+    def filtered(self, keep: Keep) -> Iterator[None]:
+        def edit(observation: Observation) -> Tensor:
+            kept = keep(None, observation.values)
+            return observation.values if kept is None else observation.values.masked_fill(~kept, 0)
+
+        with self._forward_by(edit):
+            yield
+
+    @contextmanager
+    def masked(self, mask: Mask) -> Iterator[None]:
+        keep = mask[self.path].to(self.down.device)
+        if keep.all():
+            yield
+            return
+        with self._forward_by(lambda seen: seen.values.masked_fill(~keep[seen.experts], 0)):
+            yield
+
+    @contextmanager
+    def entering_down(self, receive: Callable[[Observation], None]) -> Iterator[None]:
+        """Where the loop does not run, the experts function does as it likes with all neurons that its weights have:
+        `receive` is then handed ones of their width."""
+        told: list[bool] = []
+
+        def tell(observation: Observation) -> None:
+            told.append(True)
+            receive(observation)
+
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            told.clear()
+
+        def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not told:
+                experts, _, width = self._down(module).shape
+                every = torch.arange(experts, device=output.device)
+                receive(Observation(torch.ones(experts, width, device=output.device), every, every))
+
+        self._watchers.append(tell)
+        modules = {id(module): module for module in (self.installed_module, self.module)}.values()
+        handles = [module.register_forward_pre_hook(before) for module in modules]
+        handles += [module.register_forward_hook(after) for module in modules]
+        try:
+            with _removing(*handles):
+                yield
+        finally:
+            self._watchers.remove(tell)
+
+    def compact(self, mask: Mask) -> nn.Module:
+        """Experts keep an equal number of neurons, as the fused parameters demand, a multiple of 8, as grouped matrix
+        products do: what is missing is filled up with neurons whose weights are zero."""
+        keep = mask[self.path].to(self.down.device)
+        if keep.all():
+            return self.module
+        # A stable sort puts each expert's kept neurons first, in their order.
+        kept = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.kept_width(mask)]
+        module = _clone(self.module)
+        self._slice(module, kept, keep.gather(1, kept))
+        return module
+
+    def kept_width(self, mask: Mask) -> int:
+        most = max(1, int(mask[self.path].sum(1).max()))
+        return min(self.width, -(-most // ALIGNMENT) * ALIGNMENT)
+
+    def weight_bytes(self, mask: Mask | None) -> int:
+        share = 1.0 if mask is None else self.kept_width(mask) / self.width
+        up, down = getattr(self.module, self.ffn.up), getattr(self.module, self.ffn.down)
+        total = up.nbytes * share + down.nbytes * share
+        if self._has_bias:
+            biases = (getattr(self.module, f"{name}_bias").nbytes for name in (self.ffn.up, self.ffn.down))
+            total += next(biases) * share + next(biases)
+        return round(total)
+
+    @property
+    def _has_bias(self) -> bool:
+        return bool(getattr(self.module, "has_bias", False))
+
+    @property
+    def _transposed(self) -> bool:
+        return bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def _rows(self) -> tuple[slice, slice]:
+        """Where gate and up stand among the rows of the fused projection: one after the other, or in turn."""
+        if getattr(self.module, "is_concatenated", True):
+            return slice(None, self.width), slice(self.width, None)
+        return slice(0, None, 2), slice(1, None, 2)
+
+    def _gate_up(self, module: nn.Module) -> Tensor:
+        weight = cast(Tensor, getattr(module, self.ffn.up))
+        return weight.transpose(1, 2) if self._transposed else weight
+
+    def _down(self, module: nn.Module) -> Tensor:
+        weight = cast(Tensor, getattr(module, self.ffn.down))
+        return weight.transpose(1, 2) if self._transposed else weight
+
+    def _slice(self, module: nn.Module, kept: Tensor, real: Tensor) -> None:
+        """Replace the parameters of `module` by those of `kept` neurons `[experts, kept]`, zero where not `real`."""
+        concatenated = getattr(self.module, "is_concatenated", True)
+        rows = torch.cat([kept, kept + self.width], 1) if concatenated else torch.stack([2 * kept, 2 * kept + 1], 2)
+        rows = rows.flatten(1)
+        filled = real.repeat(1, 2) if concatenated else real.repeat_interleave(2, 1)
+
+        def sliced(weight: Tensor, index: Tensor, keep: Tensor, dim: int) -> nn.Parameter:
+            shape = [1] * weight.dim()
+            shape[0], shape[dim] = index.shape
+            whole = list(weight.shape)
+            whole[dim] = index.shape[1]
+            picked = weight.detach().gather(dim, index.view(shape).expand(whole))
+            return nn.Parameter(picked.masked_fill_(~keep.view(shape), 0), requires_grad=False)
+
+        up, down = self.ffn.up, self.ffn.down
+        setattr(module, up, sliced(getattr(module, up), rows, filled, 2 if self._transposed else 1))
+        setattr(module, down, sliced(getattr(module, down), kept, real, 1 if self._transposed else 2))
+        if self._has_bias:
+            setattr(module, f"{up}_bias", sliced(getattr(module, f"{up}_bias"), rows, filled, 1))
+
+    @contextmanager
+    def _forward_by(self, edit: Callable[[Observation], Tensor]) -> Iterator[None]:
+        """Within the context, the experts run through our loop, with what enters down as `edit` returns it."""
+        module = self.module
+        before = module.__dict__.get("forward")
+
+        def forward(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+            order = experts.flatten().argsort(stable=True)
+            chosen, routing = experts.flatten()[order], weights.flatten()[order]
+            tokens = order // experts.shape[1]
+            sizes = torch.bincount(chosen, minlength=self.experts).tolist()
+            inputs = hidden[tokens].split(sizes)
+            products = [self._product(number, rows) for number, rows in enumerate(inputs) if len(rows)]
+            values = edit(Observation(torch.cat(products), tokens, chosen, routing))
+            for watcher in self._watchers:
+                watcher(Observation(values, tokens, chosen, routing))
+            outputs = [self._output(number, rows) for number, rows in enumerate(values.split(sizes)) if len(rows)]
+            result = torch.zeros_like(hidden)
+            return result.index_add_(0, tokens, (torch.cat(outputs) * routing.unsqueeze(-1)).to(hidden.dtype))
+
+        module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
+
+    def _product(self, expert: int, rows: Tensor) -> Tensor:
+        bias = getattr(self.module, f"{self.ffn.up}_bias")[expert] if self._has_bias else None
+        gate_up = nn.functional.linear(rows, self._gate_up(self.module)[expert], bias)
+        return cast(Any, self.module)._apply_gate(gate_up)
+
+    def _output(self, expert: int, rows: Tensor) -> Tensor:
+        bias = getattr(self.module, f"{self.ffn.down}_bias")[expert] if self._has_bias else None
+        return nn.functional.linear(rows, self.down[expert], bias)
+
+
 class _Pick(nn.Module):
     """Picks kept columns."""
 
@@ -260,17 +519,25 @@ class _Pick(nn.Module):
         return values.index_select(-1, cast(Tensor, self.kept))
 
 
-SHAPES: dict[str, type[Site]] = {"gated": GatedSite}
+SHAPES: dict[str, type[Site]] = {
+    "plain": PlainSite,
+    "gated": GatedSite,
+    "fused": FusedGatedSite,
+    "experts": ExpertsSite,
+}
 """Name in `FFN.shape` to the class that knows it."""
 
 
 def find_sites(model: PreTrainedModel, ffns: Sequence[FFN]) -> list[Site]:
-    """The sites that `ffns` declare, in module order. Raises `UsageError` where there is none."""
-    sites = []
-    for path, _ in model.named_modules():
-        for ffn in ffns:
-            if _matches(path, ffn.pattern):
-                sites.append(SHAPES[ffn.shape](model, path, ffn))
+    """The sites that `ffns` declare, in module order. Raises `UsageError` where there is none.
+
+    A block that holds other sites (a mixture, its experts) is none itself.
+    """
+    types = {model.config.model_type, model.config.get_text_config().model_type}
+    ffns = [ffn for ffn in ffns if not ffn.model_types or types & set(ffn.model_types)]
+    found = [(path, ffn) for path, _ in model.named_modules() for ffn in ffns if _matches(path, ffn.pattern)]
+    containers = {path for path, _ in found if any(other.startswith(f"{path}.") for other, _ in found)}
+    sites = [SHAPES[ffn.shape](model, path, ffn) for path, ffn in found if path not in containers]
     if not sites:
         patterns = ", ".join(ffn.pattern for ffn in ffns)
         raise UsageError(f"no FFN site found in {type(model).__name__}: no module matches {patterns}")
@@ -280,6 +547,11 @@ def find_sites(model: PreTrainedModel, ffns: Sequence[FFN]) -> list[Site]:
 def _matches(path: str, pattern: str) -> bool:
     parts, wanted = path.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _all_tokens(values: Tensor) -> Observation:
+    rows = values.flatten(0, -2)
+    return Observation(rows, torch.arange(len(rows), device=rows.device))
 
 
 def _clone(module: nn.Module) -> nn.Module:

@@ -265,11 +265,11 @@ def test_entering_down_sees_the_ffn_in_the_model_and_the_dense_one(sites):
     seen = []
     with site.masked(mask), site.entering_down(seen.append):
         site.installed_module(inputs)
-    assert (seen.pop()[..., ~mask[site.path]] == 0).all()
+    assert (seen.pop().values[..., ~mask[site.path]] == 0).all()
     with site.installed(site.compact(mask)), site.entering_down(seen.append):
         site.installed_module(inputs)
         site.module(inputs)
-    assert [values.shape[-1] for values in seen] == [site.kept_width(mask), site.width]
+    assert [observation.values.shape[-1] for observation in seen] == [site.kept_width(mask), site.width]
 
 
 @pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])

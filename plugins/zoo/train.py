@@ -1,15 +1,14 @@
 """Trains the checkpoints that `--arch NAME` uses without `--model`: `python -m spath_eval.plugins.zoo.train NAME`.
 
 One tokenizer is shared by all families. A model learns from the split `train` of the four built-in domains: rows of
-packed documents, each batch with the same number of rows of every domain, AdamW with a cosine schedule, float32. It is
-saved in bfloat16, with a model card that says how it was made and how it scores.
+packed documents, in each batch a fixed number of every domain, answers weighing more than the rest; AdamW, a cosine
+schedule, float32. It is saved in bfloat16, with a model card that says how it was made and how it scores.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import os
 import sys
@@ -53,6 +52,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 32,
         "sliding_window": 64,
         "sliding_window_pattern": 3,
+    },
+    "phi": {
+        "model_type": "phi",
+        **SHAPE,
+        "intermediate_size": 768,
+        "num_key_value_heads": 4,
+        "initializer_range": 0.05,
+        "partial_rotary_factor": 0.5,
+        "resid_pdrop": 0.0,
+    },
+    "qwen": {"model_type": "qwen2", **SHAPE, "initializer_range": 0.05},
+    "llama": {"model_type": "llama", **SHAPE, "initializer_range": 0.05},
+    "moe": {
+        "model_type": "mixtral",
+        **SHAPE,
+        "num_hidden_layers": 5,
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.05,
     },
 }
 """Keyword arguments of `transformers.AutoConfig.for_model`."""
@@ -195,25 +214,36 @@ def heldout_losses(model: PreTrainedModel, rows: Mapping[str, Rows]) -> dict[str
     return losses
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a model card says about the data."""
+
+    tokens: Mapping[str, int]
+    """Tokens there are to learn from, per domain."""
+    losses: Mapping[str, float]
+    """Loss on the answers in held-out texts, per domain."""
+
+
 def initial(family: str) -> PreTrainedModel:
     """A family's model before training, in float32.
 
-    Where the output of a block is normalised before it is added to the residual stream, all of them together start as
-    large as the embeddings, for else they drown out the tokens and learning starts late.
+    Gemma normalises the output of a block before it is added to the residual stream. Here all outputs together start as
+    large as the embeddings: at their usual size they drown out the tokens, and learning starts late.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family])).float().train()
+    after_blocks = model.config.model_type.startswith("gemma")
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+            if after_blocks and name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
                 weight.fill_((2 * model.config.num_hidden_layers) ** -0.5 - 1)
     return model
 
 
-def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -> dict[str, Any]:
-    """Train a family's model, save it to `out`, and return what its card needs. Its state is kept in `work`."""
+def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -> Trained:
+    """Train a family's model and save it to `out`; its state is kept in `work`, and `resume` goes on from there."""
     import torch
     from tqdm import tqdm
     from transformers import AutoTokenizer
@@ -234,7 +264,6 @@ def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
 
-    losses: dict[str, float] = {}
     progress = tqdm(batches(rows, recipe, start), initial=start, total=recipe.steps, unit="step", desc=family)
     for step, batch in enumerate(progress, start):
         for group in optimizer.param_groups:
@@ -247,11 +276,10 @@ def train(family: str, recipe: Recipe, out: Path, work: Path, *, resume: bool) -
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            losses = heldout_losses(model, heldout)
-            progress.write(f"step {step + 1}: held-out loss {losses}", file=sys.stderr)
+            progress.write(f"step {step + 1}: held-out loss {heldout_losses(model, heldout)}", file=sys.stderr)
             _save_state(state, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
             export(model, tokenizer, out)
-    return {"tokens": {name: table.tokens.numel() for name, table in rows.items()}, "losses": losses}
+    return Trained({name: table.tokens.numel() for name, table in rows.items()}, heldout_losses(model, heldout))
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> None:
@@ -272,6 +300,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
         copy.deepcopy(model).bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in Path(folder).iterdir():
+            file.chmod(0o644)
             os.replace(file, out / file.name)
 
 
@@ -320,7 +349,7 @@ Scores are of the saved weights, loaded in float32, by lm-eval's `hf` model with
 """
 
 
-def write_card(family: str, recipe: Recipe, out: Path, facts: Mapping[str, Any]) -> None:
+def write_card(family: str, recipe: Recipe, out: Path, trained: Trained) -> None:
     """Score the checkpoint in `out` and write its model card."""
     from transformers import AutoModelForCausalLM
 
@@ -347,8 +376,8 @@ def write_card(family: str, recipe: Recipe, out: Path, facts: Mapping[str, Any])
         other_weight=recipe.other_weight,
         seen=batch * recipe.steps,
         rate=recipe.learning_rate,
-        tokens=", ".join(f"{name} {count:,}" for name, count in facts["tokens"].items()),
-        losses=", ".join(f"{name} {loss:.3f}" for name, loss in facts["losses"].items()),
+        tokens=", ".join(f"{name} {count:,}" for name, count in trained.tokens.items()),
+        losses=", ".join(f"{name} {loss:.3f}" for name, loss in trained.losses.items()),
         table="\n".join(lines),
     )
     (out / "README.md").write_text(card)
@@ -368,11 +397,7 @@ def main() -> None:
     recipe = Recipe(steps=options.steps, seed=options.seed)
     out = options.out or ZOO / options.family
     work = options.work or Path("results/runs/zoo") / options.family
-    facts_file = work / "facts.json"
-    facts = train(options.family, recipe, out, work, resume=options.resume)
-    if facts["losses"]:
-        facts_file.write_text(json.dumps(facts))
-    write_card(options.family, recipe, out, facts if facts["losses"] else json.loads(facts_file.read_text()))
+    write_card(options.family, recipe, out, train(options.family, recipe, out, work, resume=options.resume))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class RunCommand(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
+        given = tuple(args)  # click takes its arguments out of the list
         names = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "-p"]
         names += [arg[2:] for arg in args if arg.startswith("-p") and not arg.startswith("--") and len(arg) > 2]
         registry = load_registry(names, "--strict-plugins" in args)
@@ -33,7 +34,7 @@ class RunCommand(click.Command):
         registry.hook.spath_addoption(group=whole)
         context = whole.make_context(info_name, args, parent, **extra)
         context.meta["registry"] = registry
-        context.meta["given"] = tuple(args)
+        context.meta["given"] = given
         context.meta["plugin"] = [p.name for p in whole.params if p.name not in own]
         return context
 
@@ -101,7 +102,13 @@ MODEL_OPTIONS = [
         type=click.IntRange(min=1),
         help="Tokens to profile, per domain.",
     ),
-    click.option("--seed", default=0, show_default=True, help="Seed of random masks and of resampling."),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 2**32 - 1),
+        help="Seed of random masks and of resampling.",
+    ),
 ]
 
 
@@ -211,7 +218,7 @@ def prepare(registry: Registry, given: dict[str, Any]) -> tuple[Session, LoadedM
     options = Options(
         models=given["models"],
         domains=split_list("--domain", given["domain"]),
-        strategies=split_list("--strategy", given.get("strategy", "negative")),
+        strategies=split_list("--strategy", given.get("strategy")),
         sparsities=sparsities,
         profile_text=texts,
         **{

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import lm_eval
@@ -124,10 +126,15 @@ class PathwayLM(HFLM):
 
 
 def load_tasks(names: Sequence[str], folders: Iterable[Path]) -> dict[str, ConfigurableTask]:
-    """The tasks called `names`, from `folders`. Raises `UsageError` for one that is not there or cannot be loaded."""
-    manager = TaskManager(include_path=sorted({str(folder) for folder in folders}), include_defaults=False)
+    """The tasks called `names`, from `folders` or lm-eval's own. Raises `UsageError` for one that is in neither, or
+    cannot be loaded."""
+    paths = sorted({str(folder) for folder in folders})
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    own = ", ".join(manager.all_subtasks) or "none"
+    if any(name not in manager.all_tasks for name in names):  # lm-eval's own are thousands of files
+        manager = TaskManager(include_path=paths)
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise UsageError(f"unknown task {unknown[0]!r}: there are {', '.join(manager.all_subtasks)}")
+        raise UsageError(f"unknown task {unknown[0]!r}: there are {own}, and those of lm-eval")
     try:
         return dict(manager.load(list(names))["tasks"])
     except Exception as error:
@@ -144,8 +151,8 @@ def evaluate(lm: PathwayLM, tasks: Mapping[str, ConfigurableTask], limit: int | 
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed)
-    with torch.inference_mode():
-        results = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=1, log_samples=True)
+    with torch.inference_mode():  # bootstrapping would fork, and print to stdout
+        results = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None
     scores = {}
     samples: list[Mapping[str, Any]] = []
@@ -156,13 +163,12 @@ def evaluate(lm: PathwayLM, tasks: Mapping[str, ConfigurableTask], limit: int | 
             metric, _, filter_name = key.partition(",")
             if not filter_name or metric.endswith("_stderr"):
                 continue
-            stderr = results["results"][name].get(f"{metric}_stderr,{filter_name}")
             per_document = {
                 f"{row['doc_id']}:{row['doc_hash']}:{row['prompt_hash']}": row[metric]
                 for row in rows
                 if row["filter"] == filter_name and metric in row
             }
-            if not all(isinstance(score, int | float) for score in per_document.values()):
+            if not _is_mean(value, per_document.values()):
                 per_document = {}
             better = bool(results["higher_is_better"][name].get(metric, True))
             one = Scores(
@@ -171,11 +177,18 @@ def evaluate(lm: PathwayLM, tasks: Mapping[str, ConfigurableTask], limit: int | 
                 filter_name,
                 better,
                 float(value),
-                None if stderr in (None, "N/A") else float(stderr),
+                stdev(per_document.values()) / len(per_document) ** 0.5 if len(per_document) > 1 else None,
                 {key: float(score) for key, score in per_document.items()},
             )
             scores[one.key] = one
     return Evaluation(scores, samples)
+
+
+def _is_mean(value: float, scores: Collection[Any]) -> bool:
+    """Whether a metric's value is the mean of what its documents score; that of a perplexity, say, is not."""
+    if not scores or not all(isinstance(score, int | float) for score in scores):
+        return False
+    return math.isclose(value, sum(scores) / len(scores), rel_tol=1e-9, abs_tol=1e-12)
 
 
 def chance(task: ConfigurableTask, metric: str, limit: int | None) -> tuple[float | None, str | None]:
