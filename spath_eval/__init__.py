@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Mask": "spath_eval.masks",
+    "remove_experts": "spath_eval.masks",
     "remove_lowest": "spath_eval.masks",
     "Profile": "spath_eval.profiling",
     "Site": "spath_eval.sites",

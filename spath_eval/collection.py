@@ -31,12 +31,15 @@ class Case:
     sparsity: float
     """Requested share of FFN neurons to remove."""
     execution: Execution
+    expert_sparsity: float = 0.0
+    """Requested share of each layer's routed experts to remove whole."""
 
     @property
     def id(self) -> str:
         """`model/domain/strategy@sparsity`, with the options and the execution that are not the default."""
+        experts = f"+experts@{self.expert_sparsity:g}" if self.expert_sparsity else ""
         suffix = "" if self.execution == "compact" else f"[{self.execution}]"
-        return f"{self.model}/{self.domain.name}/{spell(self.strategy)}@{self.sparsity:g}{suffix}"
+        return f"{self.model}/{self.domain.name}/{spell(self.strategy)}@{self.sparsity:g}{experts}{suffix}"
 
 
 def spell(strategy: Strategy) -> str:
@@ -55,10 +58,11 @@ def collect(
     strategies: Sequence[Strategy],
     sparsities: Sequence[float],
     execution: Execution,
+    expert_sparsity: float = 0.0,
 ) -> list[Case]:
     """All combinations, by model, domain, sparsity and strategy, each once; token and prompt strategies run masked."""
     cases = [
-        Case(model, domain, strategy, sparsity, execution if strategy.kind == "static" else "masked")
+        Case(model, domain, strategy, sparsity, execution if strategy.kind == "static" else "masked", expert_sparsity)
         for model in models
         for domain in domains
         for sparsity in sparsities

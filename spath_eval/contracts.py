@@ -39,6 +39,10 @@ class FFN:
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
+    router: str = "gate"
+    """Of routed experts: the module beside them that chooses among them."""
+    routes_by_logits: bool = False
+    """Whether the router selects and weighs by its logits in one, rather than by a `topk` of scores."""
     model_types: tuple[str, ...] = ()
     """The model types it is for, where the types of a family differ."""
     couples_neurons: str | None = None
@@ -62,8 +66,8 @@ class Architecture:
     model_types: tuple[str, ...]
     """Values of `config.model_type` this family claims."""
     ffns: tuple[FFN, ...]
-    auto_class: str = "AutoModelForCausalLM"
-    """The transformers auto class that loads it."""
+    auto_classes: Mapping[str, str] = field(default_factory=dict)
+    """The transformers auto class that loads a model type, where it is not `AutoModelForCausalLM`."""
     checkpoint: Path | None = None
     """Folder of a small trained checkpoint, used by `--arch NAME` without `--model`."""
     reference_shapes: tuple[ReferenceShape, ...] = ()
@@ -102,6 +106,8 @@ class Budget:
 
     sparsity: float
     """Share of FFN neurons to remove, between 0 and 1."""
+    expert_sparsity: float = 0.0
+    """Share of each layer's routed experts to remove whole."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Pool = Literal["layer", "model"]
 
+EXPERTS = "experts:"
+"""What a mask file puts before a site's path for the experts that the router may choose."""
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -36,14 +39,23 @@ class Mask:
     """A site's path to boolean `[width]`, or `[experts, width]` where the site has experts."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """Where it comes from: model fingerprint, profile, domain, strategy."""
+    experts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Of sites from which whole experts are removed: the path to boolean `[experts]`, true for those that the router
+    may choose. Of the others no neuron is kept."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", {path: keep.detach().cpu().clone() for path, keep in self.keep.items()})
+        for name in ("keep", "experts"):
+            copies = {path: keep.detach().cpu().clone() for path, keep in getattr(self, name).items()}
+            object.__setattr__(self, name, copies)
         for path, keep in self.keep.items():
             if keep.dtype != torch.bool or keep.dim() not in (1, 2):
                 raise UsageError(
                     f"mask of {path}: expected boolean [width] or [experts, width], not {keep.dtype} {list(keep.shape)}"
                 )
+        for path, experts in self.experts.items():
+            if path not in self.keep or experts.dtype != torch.bool or experts.shape != self.keep[path].shape[:1]:
+                raise UsageError(f"mask of {path}: expected boolean [experts] for its experts")
+            self.keep[path][~experts] = False
 
     def __getitem__(self, path: str) -> torch.Tensor:
         return self.keep[path]
@@ -63,9 +75,10 @@ class Mask:
     def digest(self) -> str:
         """SHA-256 over paths, shapes and values."""
         digest = hashlib.sha256()
-        for path, keep in sorted(self.keep.items()):
-            digest.update(f"{path}{list(keep.shape)}".encode())
-            digest.update(keep.numpy().tobytes())
+        for part in (self.keep, self.experts):
+            for path, keep in sorted(part.items()):
+                digest.update(f"{path}{list(keep.shape)}".encode())
+                digest.update(keep.numpy().tobytes())
         return digest.hexdigest()
 
     def check(self, sites: Sequence[Site]) -> None:
@@ -84,7 +97,8 @@ class Mask:
     def save(self, path: Path) -> None:
         """Write the mask as safetensors with its provenance in the header, atomically."""
         header = {**self.provenance, "spath_eval": "mask", "digest": self.digest}
-        write_safetensors(dict(self.keep), header, path)
+        experts = {f"{EXPERTS}{site}": chosen for site, chosen in self.experts.items()}
+        write_safetensors(dict(self.keep) | experts, header, path)
 
     @classmethod
     def load(cls, path: Path) -> Mask:
@@ -92,7 +106,9 @@ class Mask:
         tensors, header = read_safetensors(path, "mask")
         if not tensors:
             raise UsageError(f"mask {path} is empty: it has no site")
-        mask = cls(tensors, {key: value for key, value in header.items() if key not in ("spath_eval", "digest")})
+        experts = {name[len(EXPERTS) :]: tensors.pop(name) for name in list(tensors) if name.startswith(EXPERTS)}
+        provenance = {key: value for key, value in header.items() if key not in ("spath_eval", "digest")}
+        mask = cls(tensors, provenance, experts)
         if header.get("digest", mask.digest) != mask.digest:
             raise UsageError(f"mask {path} is damaged: its values do not have the digest that its header gives")
         return mask
@@ -124,6 +140,14 @@ def remove_lowest(scores: Mapping[str, torch.Tensor], sparsity: float, pool: Poo
     everything = torch.cat([score.flatten() for score in scores.values()])
     parts = _above_lowest(everything, sparsity).split([score.numel() for score in scores.values()])
     return Mask({path: part.view(scores[path].shape) for path, part in zip(scores, parts, strict=True)})
+
+
+def remove_experts(mask: Mask, scores: Mapping[str, torch.Tensor], sparsity: float) -> Mask:
+    """The mask that removes of each site's experts the `sparsity` share whose scores `[experts]` are lowest, too."""
+    if not scores:
+        raise UsageError("the model has no routed experts to remove")
+    experts = {path: _above_lowest(score, sparsity) for path, score in scores.items()}
+    return Mask(mask.keep, mask.provenance, experts)
 
 
 def _above_lowest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:

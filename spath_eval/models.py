@@ -79,7 +79,9 @@ def find_architecture(registry: Registry, config: PreTrainedConfig, name: str) -
 def load(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode on its device, and its tokenizer. Raises `UsageError` for what cannot be loaded."""
     source = _source(request.reference, request.revision)
-    auto_class = request.architecture.auto_class if request.architecture else "AutoModelForCausalLM"
+    model_type = read_config(request.reference, request.revision).model_type
+    auto_classes = request.architecture.auto_classes if request.architecture else {}
+    auto_class = auto_classes.get(model_type, "AutoModelForCausalLM")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with _one_line_errors(request.reference, "tokenizer"):

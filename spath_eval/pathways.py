@@ -54,6 +54,10 @@ class Pathway:
         raise NotImplementedError
         yield
 
+    def removed_experts(self, site: Site) -> Tensor | None:
+        """The experts of `site` to which no token may be routed, boolean `[experts]`; none where there are none."""
+        return None
+
     def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
         """What must be true of what was `seen` to enter down at `site`: the neurons that may be non-zero (boolean,
         broadcast over rows), or its width; none where nothing is removed."""
@@ -79,9 +83,14 @@ class StaticPathway(Pathway):
     def applied(self) -> Iterator[None]:
         with ExitStack() as stack:
             for site in self.sites:
+                stack.enter_context(site.routed(self.mask))
                 compact = self._modules.get(site.path)
                 stack.enter_context(site.masked(self.mask) if compact is None else site.installed(compact))
             yield
+
+    def removed_experts(self, site: Site) -> Tensor | None:
+        chosen = self.mask.experts.get(site.path)
+        return None if chosen is None else ~chosen.to(site.down.device)
 
     def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
         if self.execution == "compact":
@@ -189,6 +198,7 @@ class Exercise:
         self.seen: Counter[tuple[str, str]] = Counter()
         self._nonzero: dict[tuple[str, str], Tensor] = {}
         self._wrong_width: dict[tuple[str, str], int] = {}
+        self._misrouted: dict[tuple[str, str], Tensor] = {}
         self._phase = "scoring"
         self._sparse: set[str] = set()
 
@@ -211,6 +221,9 @@ class Exercise:
         for (path, phase), nonzero in self._nonzero.items():
             if nonzero.item():
                 raise GateError(f"mask not applied at {path} in {phase}: removed neurons were not zero")
+        for (path, phase), misrouted in self._misrouted.items():
+            if misrouted.item():
+                raise GateError(f"mask not applied at {path} in {phase}: tokens were routed to removed experts")
         for phase, forwards in self.forwards.items():
             for site in self.pathway.sites:
                 if (seen := self.seen[site.path, phase]) < forwards:
@@ -235,6 +248,10 @@ class Exercise:
         expected = self.pathway.expected(site, seen)
         if expected is not None:
             self._sparse.add(self._phase)
+        removed = self.pathway.removed_experts(site)
+        if removed is not None and seen.experts is not None:
+            misrouted = removed[seen.experts].any()
+            self._misrouted[key] = self._misrouted[key] | misrouted if key in self._misrouted else misrouted
         if isinstance(expected, int):
             if values.shape[-1] != expected:
                 self._wrong_width[key] = values.shape[-1]

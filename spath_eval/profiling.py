@@ -33,7 +33,11 @@ STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean_abs": torch.abs,
     "mean_square": torch.square,
 }
-"""What a strategy's `requires` can name, to the function whose mean over tokens is taken."""
+"""What a strategy's `requires` can name, to the function whose mean over tokens is taken (over those routed to it, for
+a routed expert)."""
+
+ROUTING = "routing_share"
+"""The statistic of routed experts: which share of the tokens each is chosen for, `[experts]`."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ class _Sums:
     def __init__(self, site: Site, names: Iterable[str]) -> None:
         device = site.down.device
         shape = (site.width,) if site.experts is None else (site.experts, site.width)
-        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in names}
+        means = [name for name in names if name != ROUTING]
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in means}
         self.rows = torch.zeros(shape[:-1], dtype=torch.float64, device=device)
         self.counted: torch.Tensor | None = None
         """Which tokens of the batch now in the model count, `[batch * tokens]`."""
@@ -133,9 +138,11 @@ class _Sums:
         for name, total in self.sums.items():
             total.index_add_(0, experts, STATISTICS[name](values).double())
 
-    def means(self) -> dict[str, torch.Tensor]:
+    def statistics(self, tokens: int) -> dict[str, torch.Tensor]:
+        """Each statistic after `tokens` counted tokens."""
         rows = self.rows.clamp(min=1).unsqueeze(-1)
-        return {name: (total / rows).cpu() for name, total in self.sums.items()}
+        routing = {ROUTING: (self.rows / tokens).cpu()} if self.rows.dim() else {}
+        return {name: (total / rows).cpu() for name, total in self.sums.items()} | routing
 
 
 def profile_domain(
@@ -170,8 +177,8 @@ def profile_domain(
             progress(count)
     if not seen:
         raise UsageError(f"profile text of {domain} ({corpus.source}): it holds no token")
-    means = {path: one.means() for path, one in sums.items()}
-    statistics = {name: {path: means[path][name] for path in means} for name in names}
+    found = {path: one.statistics(seen) for path, one in sums.items()}
+    statistics = {name: {path: values[name] for path, values in found.items() if name in values} for name in names}
     return DomainProfile(domain, seen, corpus.source, digest_all(corpus.profile), statistics)
 
 

@@ -37,7 +37,7 @@ from spath_eval.pathways import (
     check_neutrality,
     check_parity,
 )
-from spath_eval.profiling import STATISTICS, DomainProfile, Profile, cached_profile, profile_domain
+from spath_eval.profiling import ROUTING, STATISTICS, DomainProfile, Profile, cached_profile, profile_domain
 from spath_eval.quality import statistics
 from spath_eval.quality.adapter import (
     Evaluation,
@@ -75,6 +75,7 @@ class Options:
     """None means all."""
     strategies: tuple[str, ...] = ("negative",)
     sparsities: tuple[float, ...] = (0.15,)
+    expert_sparsity: float = 0.0
     mask: Path | None = None
     execution: Execution = "compact"
     speed: bool = True
@@ -196,6 +197,8 @@ class Session:
         self.loaded = self.load(target)
         if self.options.mask:
             Mask.load(self.options.mask).check(self.loaded.sites)
+        if self.options.expert_sparsity and not any(site.experts for site in self.loaded.sites):
+            raise UsageError(f"--expert-sparsity: {target.name} has no routed experts")
         self._model_records.append(self.loaded.record())
 
     def _run_model(self, cases: Sequence[Case], on_case: Callable[[dict[str, Any]], None]) -> None:
@@ -269,7 +272,9 @@ class Session:
         names = [target.name for target in self.targets]
         if options.mask is None:
             strategies: list[Strategy] = [self.registry.parse_strategy(text) for text in options.strategies]
-            cases = collect(names, self.domains, strategies, options.sparsities, options.execution)
+            cases = collect(
+                names, self.domains, strategies, options.sparsities, options.execution, options.expert_sparsity
+            )
         else:
             sparsity = round(Mask.load(options.mask).achieved, 4)
             cases = collect(names, self.domains, [GivenMask(options.mask)], [sparsity], options.execution)
@@ -357,8 +362,9 @@ class LoadedModel:
 
     def make_profile(self, domains: Sequence[Domain], names: Sequence[str]) -> Profile:
         """The statistics called `names` of each domain. Raises `UsageError` for an unknown one."""
-        if unknown := [name for name in names if name not in STATISTICS]:
-            raise UsageError(f"unknown statistic {unknown[0]!r}: there are {', '.join(STATISTICS)}")
+        known = [*STATISTICS, ROUTING]
+        if unknown := [name for name in names if name not in known]:
+            raise UsageError(f"unknown statistic {unknown[0]!r}: there are {', '.join(known)}")
         profile = Profile({domain.name: self._domain_profile(domain, names) for domain in domains}, self.fingerprint)
         return self._profiles.setdefault(profile.fingerprint, profile)
 
@@ -370,7 +376,7 @@ class LoadedModel:
             "case": case.id,
             "profile": context.profile.fingerprint if context.profile else "none",
         }
-        return Mask(mask.keep, provenance)
+        return Mask(mask.keep, provenance, mask.experts)
 
     def dense(self, domain: Domain) -> Evaluation:
         """The dense model's scores on the domain."""
@@ -419,7 +425,7 @@ class LoadedModel:
         )
         return Context(
             domain=case.domain.name,
-            budget=Budget(case.sparsity),
+            budget=Budget(case.sparsity, case.expert_sparsity),
             sites={site.path: site for site in self.sites},
             profile=self.profile(case.strategy, case.domain),
             generator=torch.Generator().manual_seed(int.from_bytes(seed[:7], "big")),
@@ -605,6 +611,7 @@ def describe_mask(loaded: LoadedModel, case: Case, pathway: Pathway, context: Co
                 "per_site": pathway.mask.per_site,
                 "ffn_weights_removed": removed / ffn,
                 "model_weights_removed": removed / total,
+                **({"experts_requested": case.expert_sparsity} if case.expert_sparsity else {}),
             },
         }
     assert isinstance(pathway, TokenPathway | PromptPathway)

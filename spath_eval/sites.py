@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from spath_eval.contracts import FFN, UsageError
@@ -103,6 +104,15 @@ class Site(ABC):
     @abstractmethod
     def kept_width(self, mask: Mask) -> int:
         """Width of what enters the down projection in compact execution."""
+
+    def kept_experts(self, mask: Mask | None) -> int | None:
+        """Number of experts in compact execution; none for a dense FFN."""
+        return None
+
+    @contextmanager
+    def routed(self, mask: Mask) -> Iterator[None]:
+        """Within the context, no token is routed to an expert that the mask removes."""
+        yield
 
     @abstractmethod
     def weight_bytes(self, mask: Mask | None) -> int:
@@ -303,7 +313,7 @@ ALIGNMENT = 8
 
 
 class ExpertsSite(Site):
-    """The routed experts of a layer, whose weights are fused into three-dimensional parameters (mixtures in transformers).
+    """The routed experts of a layer, whose weights are fused into three-dimensional parameters, as in transformers.
 
     Every expert is a gated FFN with `width` neurons of its own. What is observed or masked runs through a loop over
     the experts that were chosen; where nothing is removed the model's own experts function runs, bit for bit, and so it
@@ -320,6 +330,7 @@ class ExpertsSite(Site):
                 f"{path} ({type(self.module).__name__}) has experts without a gate, which are not supported"
             )
         self._watchers: list[Callable[[Observation], None]] = []
+        self.router = self._parent.get_submodule(ffn.router)
 
     @property
     def width(self) -> int:
@@ -386,9 +397,10 @@ class ExpertsSite(Site):
 
         def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             if not told:
-                experts, _, width = self._down(module).shape
-                every = torch.arange(experts, device=output.device)
-                receive(Observation(torch.ones(experts, width, device=output.device), every, every))
+                chosen = inputs[1].flatten()
+                tokens = torch.arange(len(chosen), device=chosen.device) // inputs[1].shape[1]
+                values = torch.ones(len(chosen), self._down(module).shape[2], device=chosen.device)
+                receive(Observation(values, tokens, chosen))
 
         self._watchers.append(tell)
         modules = {id(module): module for module in (self.installed_module, self.module)}.values()
@@ -406,24 +418,52 @@ class ExpertsSite(Site):
         keep = mask[self.path].to(self.down.device)
         if keep.all():
             return self.module
+        module = _clone(self.module)
+        if self.path in mask.experts:
+            chosen = mask.experts[self.path].to(keep.device)
+            self._pick_experts(module, chosen)
+            keep = keep[chosen]
         # A stable sort puts each expert's kept neurons first, in their order.
         kept = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.kept_width(mask)]
-        module = _clone(self.module)
         self._slice(module, kept, keep.gather(1, kept))
         return module
+
+    @contextmanager
+    def routed(self, mask: Mask) -> Iterator[None]:
+        """The selection score of removed experts is minus infinity; the router is else unchanged, and normalises the
+        weights of the chosen ones as it always does."""
+        if self.path not in mask.experts:
+            yield
+            return
+        removed = ~mask.experts[self.path].to(self.down.device)
+        if reason := self._unroutable(mask.experts[self.path]):
+            raise UsageError(f"{self.path}: {reason}")
+        original = self.router.forward
+
+        def forward(*inputs: Any, **options: Any) -> Any:
+            with _Excluding(removed, logits=self.ffn.routes_by_logits):
+                return original(*inputs, **options)
+
+        self.router.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            del self.router.__dict__["forward"]
 
     def kept_width(self, mask: Mask) -> int:
         most = max(1, int(mask[self.path].sum(1).max()))
         return min(self.width, -(-most // ALIGNMENT) * ALIGNMENT)
 
+    def kept_experts(self, mask: Mask | None) -> int:
+        return self.experts if mask is None or self.path not in mask.experts else int(mask.experts[self.path].sum())
+
     def weight_bytes(self, mask: Mask | None) -> int:
-        share = 1.0 if mask is None else self.kept_width(mask) / self.width
-        up, down = getattr(self.module, self.ffn.up), getattr(self.module, self.ffn.down)
-        total = up.nbytes * share + down.nbytes * share
+        share = 1.0 if mask is None or mask[self.path].all() else self.kept_width(mask) / self.width
+        total = (getattr(self.module, self.ffn.up).nbytes + getattr(self.module, self.ffn.down).nbytes) * share
         if self._has_bias:
-            biases = (getattr(self.module, f"{name}_bias").nbytes for name in (self.ffn.up, self.ffn.down))
-            total += next(biases) * share + next(biases)
-        return round(total)
+            total += getattr(self.module, f"{self.ffn.up}_bias").nbytes * share
+            total += getattr(self.module, f"{self.ffn.down}_bias").nbytes
+        return round(total * self.kept_experts(mask) / self.experts)
 
     @property
     def _has_bias(self) -> bool:
@@ -468,6 +508,35 @@ class ExpertsSite(Site):
         setattr(module, down, sliced(getattr(module, down), kept, real, 1 if self._transposed else 2))
         if self._has_bias:
             setattr(module, f"{up}_bias", sliced(getattr(module, f"{up}_bias"), rows, filled, 1))
+
+    def _pick_experts(self, module: nn.Module, chosen: Tensor) -> None:
+        """Leave to `module` the parameters of the `chosen` experts, and renumber those that it is called with."""
+        names = [self.ffn.up, self.ffn.down]
+        for name in names + [f"{name}_bias" for name in names if self._has_bias]:
+            picked = cast(Tensor, getattr(module, name)).detach()[chosen]
+            setattr(module, name, nn.Parameter(picked, requires_grad=False))
+        module.__dict__["num_experts"] = int(chosen.sum())
+        number = chosen.cumsum(0) - 1
+        original = type(module).forward
+
+        def forward(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+            return original(module, hidden, number[experts], weights)
+
+        module.__dict__["forward"] = forward
+
+    def _unroutable(self, chosen: Tensor) -> str | None:
+        """Why the router cannot do with the `chosen` experts; none where it can."""
+        router = cast(Any, self.router)
+        needed = int(getattr(router, "top_k", 0) or router.config.top_k_experts)
+        groups, limit = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
+        left = chosen.view(groups, -1).sum(1)
+        # A group's score is the sum of its two best experts', minus infinity where it has fewer.
+        admissible = left[left >= min(2, len(chosen) // groups)].sort().values if groups > 1 else left
+        worst = int(admissible[:limit].sum()) if len(admissible) >= limit else 0
+        if worst >= needed:
+            return None
+        where = f" in its {limit} groups of experts" if groups > 1 else ""
+        return f"its router must choose {needed} experts{where}, and the mask may leave it {worst}"
 
     @contextmanager
     def _forward_by(self, edit: Callable[[Observation], Tensor]) -> Iterator[None]:
@@ -517,6 +586,32 @@ class _Pick(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         return values.index_select(-1, cast(Tensor, self.kept))
+
+
+class _Excluding(TorchFunctionMode):
+    """Within it, the selection among all experts, `topk` or `max`, sees minus infinity for the `removed` ones.
+
+    Routers that select by `topk` weigh the chosen experts by what they computed before, which stays as it is. Sparse
+    mixers (Phi-3.5-MoE) select by `max` and weigh by a softmax over what they selected from: the logits themselves are
+    then minus infinity.
+    """
+
+    def __init__(self, removed: Tensor, *, logits: bool = False) -> None:
+        super().__init__()
+        self.removed, self.logits = removed, logits
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.logits and func in (torch.topk, Tensor.topk):
+            scores, *rest = args
+            grouped = scores.dim() == 3 and scores.shape[1] * scores.shape[2] == len(self.removed)
+            if grouped or scores.shape[-1] == len(self.removed):
+                removed = self.removed.view(scores.shape[1:]) if grouped else self.removed
+                return func(scores.masked_fill(removed, -torch.inf), *rest, **kwargs)
+        result = func(*args, **kwargs)
+        if self.logits and func is nn.functional.linear:
+            return result.masked_fill(self.removed, -torch.inf)
+        return result
 
 
 SHAPES: dict[str, type[Site]] = {

@@ -1,4 +1,4 @@
-"""Gemma, Gemma 2, Gemma 3 and Gemma 3n (text)."""
+"""Gemma, Gemma 2, Gemma 3, Gemma 3n and Gemma 4 (text), the last with or without a mixture beside its FFNs."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ from spath_eval import FFN, Architecture, ReferenceShape, hookimpl
 
 GEMMA = Architecture(
     name="gemma",
-    model_types=("gemma", "gemma2", "gemma3_text", "gemma3n_text"),
-    ffns=(FFN("model.layers.*.mlp", couples_neurons="activation_sparsity"),),
+    model_types=("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text"),
+    ffns=(
+        FFN("model.layers.*.mlp", couples_neurons="activation_sparsity"),
+        FFN("model.layers.*.experts", "experts", up="gate_up_proj", router="router"),
+    ),
     checkpoint=Path(__file__).parents[1] / "zoo" / "gemma",
     reference_shapes=(
         ReferenceShape(

@@ -1,22 +1,50 @@
-"""Mixtures of experts: Mixtral, Qwen, OLMoE, Phi-3.5-MoE, DeepSeek-V3, gpt-oss.
+"""Mixtures of experts: Mixtral, Qwen, OLMoE, Phi-3.5-MoE, DeepSeek-V3, gpt-oss, Kimi K2.5.
 
-A layer has routed experts, perhaps a shared expert that every token passes, or an ordinary FFN where it is not a mixture.
+A layer has routed experts and perhaps a shared expert that every token passes, or else an ordinary FFN.
 """
 
 from pathlib import Path
 
-from spath_eval import FFN, Architecture, hookimpl
+from spath_eval import FFN, Architecture, ReferenceShape, hookimpl
+
+
+def _layers(layers: str) -> tuple[FFN, ...]:
+    """The FFNs of mixtures whose layers stand at that path."""
+    experts = f"{layers}.mlp.experts"
+    by_gate = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "kimi_k25")
+    return (
+        FFN(experts, "experts", up="gate_up_proj", model_types=by_gate),
+        FFN(experts, "experts", up="gate_up_proj", router="router", model_types=("gpt_oss",)),
+        FFN(experts, "experts", up="gate_up_proj", router="router", routes_by_logits=True, model_types=("phimoe",)),
+        FFN(f"{layers}.mlp.shared_expert"),
+        FFN(f"{layers}.mlp.shared_experts"),
+        FFN(f"{layers}.mlp"),
+    )
+
 
 MOE = Architecture(
     name="moe",
-    model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v3", "gpt_oss"),
-    ffns=(
-        FFN("model.layers.*.mlp.experts", "experts", up="gate_up_proj"),
-        FFN("model.layers.*.mlp.shared_expert"),
-        FFN("model.layers.*.mlp.shared_experts"),
-        FFN("model.layers.*.mlp"),
-    ),
+    model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v3", "gpt_oss", "kimi_k25"),
+    ffns=(*_layers("model.layers.*"), *_layers("model.language_model.layers.*")),
+    auto_classes={"kimi_k25": "AutoModelForImageTextToText"},
     checkpoint=Path(__file__).parents[1] / "zoo" / "moe",
+    reference_shapes=(
+        ReferenceShape(
+            "Mixtral-8x7B with one expert",
+            {
+                "model_type": "mixtral",
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "num_local_experts": 1,
+                "num_experts_per_tok": 1,
+                "vocab_size": 32000,
+                "max_position_embeddings": 32768,
+            },
+        ),
+    ),
 )
 
 

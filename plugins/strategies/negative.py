@@ -1,7 +1,8 @@
 """Negative selection: skip the neurons that a domain surely does not need.
 
 Those whose mean absolute activation on the domain's text lies below a percentile go ("Sparse Pathways: Domain-Aware
-Neuron Routing", A. Young). The axis over which the percentile is pooled changes the answer, so it is an option.
+Neuron Routing", A. Young). The axis over which the percentile is pooled changes the answer, so it is an option. Of
+whole experts, those go to which the domain's tokens are routed least.
 """
 
 from dataclasses import dataclass
@@ -15,14 +16,18 @@ class Negative(Strategy):
     """Removes the least active neurons, of each layer or of the whole model."""
 
     name: ClassVar[str] = "negative"
-    requires: ClassVar[tuple[str, ...]] = ("mean_abs",)
+    requires: ClassVar[tuple[str, ...]] = ("mean_abs", "routing_share")
 
     pool: Literal["layer", "model"] = "layer"
 
     def select(self, context):
-        from spath_eval import remove_lowest
+        from spath_eval import remove_experts, remove_lowest
 
-        return remove_lowest(context.profile.statistic("mean_abs", context.domain), context.budget.sparsity, self.pool)
+        budget, profile = context.budget, context.profile
+        mask = remove_lowest(profile.statistic("mean_abs", context.domain), budget.sparsity, self.pool)
+        if not budget.expert_sparsity:
+            return mask
+        return remove_experts(mask, profile.statistic("routing_share", context.domain), budget.expert_sparsity)
 
 
 @hookimpl

@@ -21,13 +21,17 @@ class Random(Strategy):
     def select(self, context):
         import torch
 
-        from spath_eval import remove_lowest
+        from spath_eval import remove_experts, remove_lowest
 
-        scores = {}
+        neurons, experts = {}, {}
         for path, site in context.sites.items():
             shape = (site.width,) if site.experts is None else (site.experts, site.width)
-            scores[path] = torch.rand(shape, generator=context.generator)
-        return remove_lowest(scores, context.budget.sparsity)
+            neurons[path] = torch.rand(shape, generator=context.generator)
+            if site.experts is not None:
+                experts[path] = torch.rand(site.experts, generator=context.generator)
+        mask = remove_lowest(neurons, context.budget.sparsity)
+        share = context.budget.expert_sparsity
+        return remove_experts(mask, experts, share) if share else mask
 
 
 @hookimpl

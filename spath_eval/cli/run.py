@@ -125,6 +125,7 @@ def model_options(command: Any) -> Any:
     "--strategy", "strategy", default="negative", show_default=True, help="Strategies, by commas: NAME[:OPTION=VALUE]."
 )
 @click.option("--sparsity", default="0.15", show_default=True, help="Shares of FFN neurons to remove, by commas.")
+@click.option("--expert-sparsity", help="Share of each layer's routed experts to remove; alone, no other neurons go.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Evaluate the mask in this file instead of a strategy.")
 @click.option(
     "--execution",
@@ -159,6 +160,13 @@ def command(context: click.Context, **given: Any) -> int:
     from spath_eval.collection import parse_sparsities
 
     sparsities = parse_sparsities(given["sparsity"])
+    expert_sparsity = 0.0
+    if given["expert_sparsity"] is not None:
+        expert_sparsity, *more = parse_sparsities(given["expert_sparsity"])
+        if more:
+            raise UsageError("--expert-sparsity takes one value")
+        if context.get_parameter_source("sparsity") is click.core.ParameterSource.DEFAULT:
+            sparsities = (0.0,)
     texts = profile_texts(given["profile_text"])
     quiet_libraries()
     from spath_eval.session import Options, Session
@@ -168,6 +176,7 @@ def command(context: click.Context, **given: Any) -> int:
         domains=split_list("--domain", given["domain"]),
         strategies=split_list("--strategy", given["strategy"]),
         sparsities=sparsities,
+        expert_sparsity=expert_sparsity,
         speed=not given["no_speed"],
         profile_text=texts,
         plugin={name: given[name] for name in context.meta["plugin"]},

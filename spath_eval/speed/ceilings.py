@@ -54,11 +54,13 @@ def ceiling(model: PreTrainedModel, sites: Iterable[Site], mask: Mask, workload:
     bytes_rest = itemsize * (projections + head + workload.batch * 2 * kv_heads * head_dim * cached)
 
     def flops(kept: Mask | None) -> float:
-        used = sum(site.weight_bytes(kept) / itemsize * _experts_used(site, config, 1) for site in sites)
+        used = sum(site.weight_bytes(kept) / itemsize * _experts_used(site, kept, config, 1) for site in sites)
         return flops_rest + 2 * workload.tokens * used
 
     def bytes_read(kept: Mask | None) -> float:
-        return bytes_rest + sum(site.weight_bytes(kept) * _experts_used(site, config, workload.batch) for site in sites)
+        return bytes_rest + sum(
+            site.weight_bytes(kept) * _experts_used(site, kept, config, workload.batch) for site in sites
+        )
 
     return Ceiling(prefill=flops(None) / flops(mask), decode=bytes_read(None) / bytes_read(mask))
 
@@ -93,8 +95,10 @@ def _windows(config: Any) -> list[float]:
     return [{"full_attention": math.inf, "sliding_attention": sliding}.get(kind, 0) for kind in kinds]
 
 
-def _experts_used(site: Site, config: Any, tokens: int) -> float:
-    """Share of a site's experts that `tokens` tokens use at most; 1 where there is no routing."""
-    if site.experts is None:
+def _experts_used(site: Site, mask: Mask | None, config: Any, tokens: int) -> float:
+    """Share of a site's (kept) experts that `tokens` tokens use at most; 1 where there is no routing."""
+    experts = site.kept_experts(mask)
+    if experts is None:
         return 1.0
-    return min(1.0, tokens * getattr(config, "num_experts_per_tok", site.experts) / site.experts)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or experts
+    return min(1.0, tokens * chosen / experts)

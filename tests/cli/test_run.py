@@ -223,7 +223,7 @@ def out(workplace):
         (pickled, "pytorch_model.bin is a pickle"),
         (truncated, "its weights cannot be loaded"),
         (without_tokenizer, "tokenizer"),
-        (of_another_family, "no architecture claims model type 'gpt2'. Supported: gemma: gemma, gemma2"),
+        (of_another_family, "no architecture claims model type 'gpt2'. Supported: "),
         (of_no_known_family, "perceptron"),
         (empty, "no config.json"),
     ],
