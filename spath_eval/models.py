@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from spath_eval.contracts import Architecture, LoadRequest, UsageError
+from spath_eval.contracts import FFN, Architecture, LoadRequest, UsageError
+from spath_eval.sites import Site, guess_sites
 
 if TYPE_CHECKING:
     from spath_eval.registry import Registry
@@ -72,8 +74,31 @@ def find_architecture(registry: Registry, config: PreTrainedConfig, name: str) -
     supported = "; ".join(f"{a.name}: {', '.join(a.model_types)}" for a in registry.architectures.values())
     raise UsageError(
         f"no architecture claims model type {config.model_type!r}. Supported: {supported}. A plugin can add one: "
-        "implement spath_register_architectures (README, 'Write a plugin')"
+        "implement spath_register_architectures (README, 'Write a plugin'); --sites tries the model without one"
     )
+
+
+@dataclass(frozen=True)
+class GuessedArchitecture(Architecture):
+    """Stands in where no family is to say where the FFNs are: they are guessed from their down projections."""
+
+    name: str = "unverified"
+    model_types: tuple[str, ...] = ()
+    ffns: tuple[FFN, ...] = ()
+    pattern: str = ""
+    """Dotted module path of the down projections; `*` stands for exactly one component."""
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        sites = guess_sites(model, self.pattern)
+        shapes = ", ".join(sorted({site.ffn.shape for site in sites}))
+        log.warning(
+            "%s: the sites are guessed from %r and unverified: %d FFNs, %s",
+            type(model).__name__,
+            self.pattern,
+            len(sites),
+            shapes,
+        )
+        return sites
 
 
 def load(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

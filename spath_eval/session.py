@@ -24,7 +24,14 @@ from spath_eval import records
 from spath_eval.collection import Case, collect, keyword_filter
 from spath_eval.contracts import Architecture, Budget, Context, Domain, LoadRequest, Strategy, UsageError
 from spath_eval.masks import Mask
-from spath_eval.models import find_architecture, fingerprint, read_config, resolve_device, resolve_dtype
+from spath_eval.models import (
+    GuessedArchitecture,
+    find_architecture,
+    fingerprint,
+    read_config,
+    resolve_device,
+    resolve_dtype,
+)
 from spath_eval.pathways import (
     Execution,
     Exercise,
@@ -59,6 +66,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PASSAGE_LINES = 12
+"""Lines up to which a prompt is recognised inside a longer document."""
 PROBE_TOKENS = 96
 """Tokens of the batch on which the gates compare executions."""
 
@@ -70,6 +79,8 @@ class Options:
     models: tuple[str, ...] = ()
     """Hub ids, folders or GGUF files; none means the small trained checkpoint of `arch`."""
     arch: str = "auto"
+    sites: str | None = None
+    """Module paths of down projections, of which the FFN sites are guessed instead of asking a family."""
     revision: str | None = None
     domains: tuple[str, ...] = ()
     """None means all."""
@@ -162,8 +173,7 @@ class Session:
         try:
             for target in self.targets:
                 cases = [case for case in self.cases if case.model == target.name]
-                if cases:
-                    self._load(target)
+                if cases and self._load(target, cases, on_case):
                     if len(self._model_records) == 1:
                         on_start()
                     self._run_model(cases, on_case)
@@ -193,13 +203,24 @@ class Session:
     def _stopped(self) -> bool:
         return self.options.exitfirst and self.exit_status == 1
 
-    def _load(self, target: Target) -> None:
-        self.loaded = self.load(target)
-        if self.options.mask:
-            Mask.load(self.options.mask).check(self.loaded.sites)
-        if self.options.expert_sparsity and not any(site.experts for site in self.loaded.sites):
-            raise UsageError(f"--expert-sparsity: {target.name} has no routed experts")
-        self._model_records.append(self.loaded.record())
+    def _load(self, target: Target, cases: Sequence[Case], on_case: Callable[[dict[str, Any]], None]) -> bool:
+        """Load a model for its cases. Where that fails after another one was measured, its cases are errors."""
+        try:
+            loaded = self.load(target)
+            if self.options.mask:
+                Mask.load(self.options.mask).check(loaded.sites)
+            if self.options.expert_sparsity and not any(site.experts for site in loaded.sites):
+                raise UsageError(f"--expert-sparsity: {target.name} has no routed experts")
+        except UsageError as error:
+            if not self._model_records:
+                raise
+            for case in cases:
+                self.results.append(self._describe(case) | {"outcome": "error", "message": str(error)})
+                on_case(self.results[-1])
+            return False
+        self.loaded = loaded
+        self._model_records.append(loaded.record())
+        return True
 
     def _run_model(self, cases: Sequence[Case], on_case: Callable[[dict[str, Any]], None]) -> None:
         assert self.loaded is not None
@@ -249,6 +270,8 @@ class Session:
 
     def _targets(self) -> list[Target]:
         options = self.options
+        if options.sites is not None and options.arch != "auto":
+            raise UsageError("--sites stands in for a family, and --arch names one: give one of the two")
         if not options.models:
             if options.arch == "auto":
                 with_checkpoint = [name for name, a in self.registry.architectures.items() if a.checkpoint]
@@ -262,7 +285,12 @@ class Session:
             config = read_config(reference, options.revision)
             path = Path(reference)
             name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name
-            targets.append(Target(name, reference, find_architecture(self.registry, config, options.arch)))
+            architecture = (
+                find_architecture(self.registry, config, options.arch)
+                if options.sites is None
+                else GuessedArchitecture(model_types=(config.model_type,), pattern=options.sites)
+            )
+            targets.append(Target(name, reference, architecture))
         if len({target.name for target in targets}) < len(targets):
             raise UsageError("two models have the same name, so that their cases could not be told apart")
         return targets
@@ -312,7 +340,9 @@ class Session:
             "cases": self.results,
         }
         if self._samples:
-            samples = records.write_samples(self._samples, self.output.with_suffix(".samples.jsonl"))
+            samples = records.write_samples(
+                self._samples, self.output.with_name(f"{self.output.name.removesuffix('.json')}.samples.jsonl")
+            )
             for entry in [*record["tasks"], *record["cases"]]:
                 entry["samples"] = samples
         self.registry.hook.spath_update_record(record=record)
@@ -330,10 +360,12 @@ class LoadedModel:
         self.fingerprint = fingerprint(model)
         self.lm = PathwayLM(model, tokenizer, session.options.batch_size)
         self._corpora: dict[str, Corpus] = {}
+        self._passages: dict[str, set[str]] = {}
         self._domain_profiles: dict[str, DomainProfile] = {}
         self._profiles: dict[str, Profile] = {}
         """Those that strategies were given, by fingerprint."""
         self._dense: dict[str, Evaluation] = {}
+        self._truncated: dict[str, int] = {}
         self._preservation: dict[str, Preservation] = {}
         self._neutrality: dict[Execution, Neutrality] = {}
         self.layer_speed: dict[tuple[str, float], dict[str, Any]] = {}
@@ -350,6 +382,18 @@ class LoadedModel:
                 own = Corpus(tuple(profile), tuple(heldout), domain.provenance or f"domain {domain.name}")
             self._corpora[domain.name] = own
         return self._corpora[domain.name]
+
+    def passages(self, domain: Domain) -> set[str]:
+        """Digests of all that stands in the domain's profile text: documents, and runs of their lines."""
+        if domain.name not in self._passages:
+            found = self._passages[domain.name] = set()
+            for document in self.corpus(domain).profile:
+                lines = document.splitlines()
+                found.add(digest(document))
+                for start in range(len(lines)):
+                    ends = range(start + 1, min(start + PASSAGE_LINES, len(lines)) + 1)
+                    found.update(digest("\n".join(lines[start:end])) for end in ends)
+        return self._passages[domain.name]
 
     def profile(self, strategy: Strategy, domain: Domain) -> Profile | None:
         """The profile that the strategy requires for the domain; none where it requires none."""
@@ -382,7 +426,16 @@ class LoadedModel:
         """The dense model's scores on the domain."""
         if domain.name not in self._dense:
             options = self.session.options
+            self.lm.truncated = 0
             self._dense[domain.name] = evaluate(self.lm, self.session.tasks[domain.name], options.limit, options.seed)
+            self._truncated[domain.name] = self.lm.truncated
+            if self.lm.truncated:
+                log.warning(
+                    "%s: %d requests are longer than the model's %d tokens and lose their beginning",
+                    domain.name,
+                    self.lm.truncated,
+                    self.lm.max_length,
+                )
         return self._dense[domain.name]
 
     def preservation(self, domain: Domain) -> Preservation:
@@ -448,7 +501,8 @@ class LoadedModel:
             "sites": [_without_none({"path": s.path, "width": s.width, "experts": s.experts}) for s in self.sites],
             "ffn_share": ffn / parameters,
         }
-        return _without_none(record | {"revision": self.session.options.revision})
+        options = self.session.options
+        return _without_none(record | {"revision": options.revision, "sites_pattern": options.sites})
 
     def shared_records(self) -> dict[str, list[dict[str, Any]]]:
         """The record's `profiles`, `tasks` and `dense` entries of the model."""
@@ -471,7 +525,8 @@ class LoadedModel:
                 {"task": s.task, "metric": s.metric, "filter": s.filter, **_score(s)}
                 for s in evaluation.scores.values()
             ]
-            dense.append({"model": self.target.name, "domain": domain, "quality": quality})
+            arm = {"model": self.target.name, "domain": domain, "quality": quality}
+            dense.append(arm | {"truncated_requests": self._truncated[domain]})
         return {"profiles": profiles, "tasks": tasks, "dense": dense}
 
     def dense_samples(self) -> list[dict[str, Any]]:
@@ -492,7 +547,7 @@ class LoadedModel:
                 self.model,
                 domain.name,
                 corpus,
-                settings | {"statistics": list(names)},
+                settings | {"statistics": list(names), "sites": [site.path for site in self.sites]},
                 lambda: profile_domain(self.model, self.tokenizer, self.sites, domain.name, corpus, names, **settings),
             )
         return self._domain_profiles[domain.name]
@@ -650,16 +705,14 @@ def measure_speed(case: Case, session: Session) -> dict[str, Any]:
 
 
 def check_disjoint(loaded: LoadedModel, case: Case, allowed: bool) -> dict[str, Any]:
-    """Which share of each task's documents stands in the calibration text, as a document or a line of it.
+    """Which share of each task's documents stands in the calibration text, as a document or as lines of one.
 
     Raises `GateError` where there is any, unless that is allowed.
     """
-    known = set()
+    known: set[str] = set()
     if case.strategy.requires or case.strategy.needs_batches:
         domains = loaded.session.registry.domains.values() if case.strategy.all_domains else [case.domain]
-        for document in (text for domain in domains for text in loaded.corpus(domain).profile):
-            known.add(digest(document))
-            known.update(digest(line) for line in document.splitlines() if line.strip())
+        known.update(*(loaded.passages(domain) for domain in domains))
     overlap = {}
     for task, documents in item_texts(loaded.dense(case.domain)).items():
         found = sum(any(digest(text) in known for text in texts) for texts in documents)

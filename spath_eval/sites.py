@@ -9,6 +9,7 @@ architectures are the shapes, of which this module has one class each.
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -123,6 +124,19 @@ class Site(ABC):
         keep = mask[self.path].to(self.down.device)
         return self.filtered(lambda gate, product: keep)
 
+    @abstractmethod
+    def down_replaced(self, weight: Tensor, bias: Tensor | None) -> AbstractContextManager[None]:
+        """Within the context, the dense FFN has other down weights, shaped as `down`, and another bias if given."""
+
+    @contextmanager
+    def with_down(self, mask: Mask, weight: Tensor, bias: Tensor | None, *, compact: bool) -> Iterator[None]:
+        """Within the context, the site runs `mask`, masked or compact, with repaired down weights.
+
+        `weight` is shaped as `down`, whose columns of removed neurons do not matter; `bias` as the projection's.
+        """
+        with self.down_replaced(weight, bias), self.installed(self.compact(mask)) if compact else self.masked(mask):
+            yield
+
     @contextmanager
     def installed(self, module: nn.Module) -> Iterator[None]:
         """Within the context, `module` stands in the model in place of the dense FFN."""
@@ -233,6 +247,12 @@ class DenseSite(Site):
             row = projection.weight[:1].nbytes + (0 if projection.bias is None else projection.bias[:1].nbytes)
             total += row * len(rows)
         return total
+
+    @contextmanager
+    def down_replaced(self, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+        down = self._projection(self.ffn.down)
+        with _replaced(down, "weight", weight), _replaced(down, "bias", bias):
+            yield
 
     def _projection(self, name: str) -> nn.Linear:
         return cast(nn.Linear, getattr(self.module, name))
@@ -465,6 +485,13 @@ class ExpertsSite(Site):
             total += getattr(self.module, f"{self.ffn.down}_bias").nbytes
         return round(total * self.kept_experts(mask) / self.experts)
 
+    @contextmanager
+    def down_replaced(self, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+        weight = weight.transpose(1, 2) if self._transposed else weight
+        name = self.ffn.down
+        with _replaced(self.module, name, weight), _replaced(self.module, f"{name}_bias", bias):
+            yield
+
     @property
     def _has_bias(self) -> bool:
         return bool(getattr(self.module, "has_bias", False))
@@ -639,6 +666,59 @@ def find_sites(model: PreTrainedModel, ffns: Sequence[FFN]) -> list[Site]:
     return sites
 
 
+def guess_sites(model: PreTrainedModel, pattern: str) -> list[Site]:
+    """The sites whose down projections stand at `pattern`, in module order, each shape guessed from what stands beside.
+
+    Raises `UsageError` where nothing stands there, and where it is not the down projection of a shape known here.
+    """
+    modules = dict(model.named_modules())
+    paths = [path for path in modules if path and _matches(path, pattern)]
+    if not paths:
+        hidden = model.config.get_text_config().hidden_size
+        linears = [path for path, module in modules.items() if getattr(module, "out_features", None) == hidden]
+        places = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in linears)
+        raise UsageError(
+            f"no module of {type(model).__name__} matches {pattern!r}; linear modules that give its hidden size stand "
+            f"at {', '.join(places) or 'no place'}"
+        )
+    return [_guess_site(model, path) for path in paths]
+
+
+def _guess_site(model: PreTrainedModel, path: str) -> Site:
+    block, _, name = path.rpartition(".")
+    down, hidden = model.get_submodule(path), model.config.get_text_config().hidden_size
+    if not isinstance(down, nn.Linear):
+        raise UsageError(f"{path} is a {type(down).__name__}; a down projection whose FFN can be guessed is a Linear")
+    if down.out_features != hidden:
+        raise UsageError(f"{path} is no down projection: it gives {down.out_features} values, and {hidden} are hidden")
+    if re.search(r"expert[^.]*\.\d+\.", path):
+        raise UsageError(f"{path} belongs to a routed expert, which sees some tokens only: that cannot be guessed")
+    beside = {
+        other: module
+        for other, module in model.get_submodule(block).named_children()
+        if other != name and not isinstance(module, nn.Dropout)
+    }
+    rows = {other: module.out_features for other, module in beside.items() if isinstance(module, nn.Linear)}
+    activations = [other for other, module in beside.items() if not list(module.parameters())]
+    width = down.in_features
+    by_rows = {(width,): "plain", (2 * width,): "fused"}
+    shape = "gated" if rows == {"gate_proj": width, "up_proj": width} else by_rows.get(tuple(rows.values()))
+    if shape is None or len(activations) != 1 or len(beside) != len(rows) + 1:
+        found = ", ".join(f"{other} ({_describe(module)})" for other, module in beside.items())
+        raise UsageError(
+            f"{path} is no down projection of an FFN whose shape is known: beside it stand {found or 'no modules'}; "
+            f"expected are an activation function and gate_proj and up_proj, or one Linear, of {width} rows each, "
+            f"or one Linear of {2 * width} rows"
+        )
+    up = "up_proj" if shape == "gated" else next(iter(rows))
+    return SHAPES[shape](model, block, FFN(block, shape, up=up, down=name, activation=activations[0]))
+
+
+def _describe(module: nn.Module) -> str:
+    kind = type(module).__name__
+    return f"{kind} of {module.out_features} rows" if isinstance(module, nn.Linear) else kind
+
+
 def _matches(path: str, pattern: str) -> bool:
     parts, wanted = path.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
@@ -665,3 +745,17 @@ def _removing(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, values: Tensor | None) -> Iterator[None]:
+    """Within the context, a parameter of `module` has other values, where some are given."""
+    if values is None:
+        yield
+        return
+    before = getattr(module, name)
+    setattr(module, name, nn.Parameter(values, requires_grad=False))
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -74,50 +74,183 @@ def sample_plugin(distribute: Distribute) -> Path:
     return distribute(project["name"], entry_points, modules, version=project["version"])
 
 
-@pytest.fixture(scope="session")
-def tiny_model():
-    """Builds randomly initialised models of the real classes: `tiny_model(model_type, seed=0, **configuration)`.
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+WINDOWS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": None,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "gemma3n_text": {
+        "intermediate_size": [64, 48, 80],
+        "activation_sparsity_pattern": [0.3, 0.0, 0.0],
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "vocab_size_per_layer_input": 100,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+    },
+    "gemma4_text": {
+        **WINDOWS,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 100,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 1,
+        "use_double_wide_mlp": True,
+    },
+    "phi": {"num_key_value_heads": 2},
+    "phi3": {},
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "llama+mlp_bias": {"mlp_bias": True},
+    "mistral": {},
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+    "olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2},
+    "phimoe": {"intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2, "router_jitter_noise": 0.1},
+    "deepseek_v3": DEEPSEEK,
+    "gpt_oss": {
+        **WINDOWS,
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.5,
+    },
+    "kimi_k25": DEEPSEEK,
+}
+TINY["gemma4_text+experts"] = TINY["gemma4_text"] | {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
+"""What the configuration of each model type, or of a variant of it, has besides `SIZES`."""
 
-    Three layers, hidden size 32, a vocabulary of 100; those of gemma3n differ in width, and its first one has the
-    activation sparsity built in. Weights are larger than usual, so that differences are not lost in rounding.
+
+def build_tiny_model(kind: str = "gemma", *, seed: int = 0, **changes: Any) -> Any:
+    """A randomly initialised model of the real class of a model type, or of a variant of it, `TYPE+VARIANT`.
+
+    Three layers, hidden size 32, a vocabulary of 100, and of routed experts 8 with 24 neurons, two for each token.
+    Those of gemma3n and gemma4 differ in width, and the first one of gemma3n has the activation sparsity built in.
+    Weights are larger than usual, so that differences are not lost in rounding, and biases are random as well.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+
+    configuration = {key: value for key, value in (SIZES | TINY[kind] | changes).items() if value is not None}
+    model_type, auto_class = kind.partition("+")[0], "AutoModelForCausalLM"
+    if model_type == "kimi_k25":
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        configuration = {"text_config": configuration, "vision_config": vision}
+        auto_class = "AutoModelForImageTextToText"
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(model_type, **configuration)
+    model = getattr(transformers, auto_class).from_config(config).eval().requires_grad_(False)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("bias"):
+            tensor.normal_(std=0.2)
+        elif name.endswith("per_expert_scale"):
+            tensor.uniform_(0.5, 1.5)
+    return model
+
+
+def float64_activations(module: Any, inputs: Any, experts: Any = None) -> Any:
+    """What enters the down projection of an FFN for `inputs` `[rows, hidden]`, computed from the raw weights alone.
+
+    Of a module of routed experts, row by row that of the given expert. The activation function is written out here.
+    """
+    import numpy as np
+    from scipy.stats import norm
+
+    def raw(parameter: Any) -> Any:
+        return parameter.detach().double().numpy()
+
+    def activated(gate: Any) -> Any:
+        if type(module).__name__.startswith(("Gemma", "PhiMLP")):
+            return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        return gate / (1 + np.exp(-gate))
+
+    def projected(name: str) -> Any:
+        projection = getattr(module, name)
+        return x @ raw(projection.weight).T + (0 if projection.bias is None else raw(projection.bias))
+
+    x = raw(inputs).reshape(-1, inputs.shape[-1])
+    if experts is not None:
+        rows = []
+        for expert, row in zip(experts.tolist(), x, strict=True):
+            weight = raw(module.gate_up_proj[expert])
+            if type(module).__name__ == "GptOssExperts":  # transposed, biased, in turn, clamped
+                both = row @ weight + raw(module.gate_up_proj_bias[expert])
+                limit = module.config.swiglu_limit
+                gate, up = np.minimum(both[::2], limit), np.clip(both[1::2], -limit, limit)
+                rows.append((up + 1) * gate / (1 + np.exp(-1.702 * gate)))
+            else:
+                gate, up = np.split(weight @ row, 2)
+                rows.append(activated(gate) * up)
+        return np.array(rows)
+    if hasattr(module, "fc1"):
+        return activated(projected("fc1"))
+    if hasattr(module, "gate_up_proj"):
+        gate, up = np.split(projected("gate_up_proj"), 2, axis=1)
+        return activated(gate) * up
+    gate = projected("gate_proj")
+    if share := getattr(module, "activation_sparsity", 0.0):
+        cutoff = gate.mean(-1, keepdims=True) + gate.std(-1, keepdims=True) * norm.ppf(share)
+        gate = np.maximum(gate - cutoff, 0)
+    return activated(gate) * projected("up_proj")
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """`build_tiny_model`; `tiny_model.kinds` are the model types and variants that it knows."""
+    import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more than one only costs time at this size
-
-    def build(model_type: str = "gemma", *, seed: int = 0, **changes: object):
-        configuration = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "vocab_size": 100,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "bos_token_id": 2,
-        }
-        if model_type == "gemma3n_text":
-            configuration |= {
-                "intermediate_size": [64, 48, 80],
-                "activation_sparsity_pattern": [0.3, 0.0, 0.0],
-                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-                "vocab_size_per_layer_input": 100,
-                "hidden_size_per_layer_input": 8,
-                "num_kv_shared_layers": 0,
-                "laurel_rank": 4,
-            }
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(model_type, **(configuration | changes))
-        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-
-    yield build
+    build_tiny_model.kinds = tuple(TINY)
+    yield build_tiny_model
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def reference_activations():
+    """`float64_activations`."""
+    return float64_activations
 
 
 @pytest.fixture(scope="session")

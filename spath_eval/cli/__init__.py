@@ -26,6 +26,7 @@ COMMANDS = {
     "run": "Evaluate strategies on a model: what they keep of its quality, and how much faster it really runs.",
     "profile": "Measure how strongly each neuron responds to a domain.",
     "mask": "Write the mask that a strategy selects.",
+    "models": "List the model families: types, FFN shapes, reference shapes, and small checkpoints with their scores.",
     "plugins": "List the installed plugins, what each provides, and what is wrong with any.",
 }
 """Commands and the first lines of their help, which stand here so that listing them imports none."""

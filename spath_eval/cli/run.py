@@ -51,7 +51,7 @@ def quiet_libraries() -> None:
 
 
 def profile_texts(values: tuple[str, ...]) -> dict[str, Path]:
-    """`DOMAIN=PATH` options as a mapping. Raises `UsageError` where there is no `=`."""
+    """`DOMAIN=PATH` options as a mapping. A domain's last one counts. Raises `UsageError` where there is no `=`."""
     texts = {}
     for value in values:
         domain, equals, path = value.partition("=")
@@ -75,6 +75,12 @@ MODEL_OPTIONS = [
     click.option("--model", "models", multiple=True, metavar="FOLDER|HUB_ID|FILE.gguf", help="A model. Repeatable."),
     click.option(
         "--arch", default="auto", show_default=True, help="Its family; without --model, the family's small checkpoint."
+    ),
+    click.option(
+        "--sites",
+        metavar="PATTERN",
+        help="For a model of no known family: module paths of its down projections, * for one component, from which "
+        "its FFNs are guessed.  [e.g. model.layers.*.mlp.down_proj]",
     ),
     click.option("--revision", help="Revision of a hub model."),
     click.option(
@@ -159,13 +165,17 @@ def command(context: click.Context, **given: Any) -> int:
     """
     from spath_eval.collection import parse_sparsities
 
+    by_default = click.core.ParameterSource.DEFAULT
+    for name in ("strategy", "sparsity", "expert_sparsity"):
+        if given["mask"] and context.get_parameter_source(name) is not by_default:
+            raise UsageError(f"--mask takes the place of --{name.replace('_', '-')}: give one of them")
     sparsities = parse_sparsities(given["sparsity"])
     expert_sparsity = 0.0
     if given["expert_sparsity"] is not None:
         expert_sparsity, *more = parse_sparsities(given["expert_sparsity"])
         if more:
             raise UsageError("--expert-sparsity takes one value")
-        if context.get_parameter_source("sparsity") is click.core.ParameterSource.DEFAULT:
+        if context.get_parameter_source("sparsity") is by_default:
             sparsities = (0.0,)
     texts = profile_texts(given["profile_text"])
     quiet_libraries()
@@ -184,6 +194,7 @@ def command(context: click.Context, **given: Any) -> int:
             name: given[name]
             for name in (
                 "arch",
+                "sites",
                 "revision",
                 "mask",
                 "execution",
@@ -232,7 +243,7 @@ def prepare(registry: Registry, given: dict[str, Any]) -> tuple[Session, LoadedM
         profile_text=texts,
         **{
             name: given[name]
-            for name in ("arch", "revision", "device", "dtype", "batch_size", "profile_tokens", "seed")
+            for name in ("arch", "sites", "revision", "device", "dtype", "batch_size", "profile_tokens", "seed")
         },
     )
     session = Session(options, registry)

@@ -77,6 +77,8 @@ class PathwayLM(HFLM):
         """Told whether a forward scores or generates, while an arm is watched."""
         self.prompt_pathway: PromptPathway | None = None
         """Set while the pathway of a prompt strategy is applied."""
+        self.truncated = 0
+        """Requests so far that were longer than the model's input and lost tokens on their left."""
 
     @property
     def batch_size(self) -> int:
@@ -89,6 +91,7 @@ class PathwayLM(HFLM):
         return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[tuple[float, bool]]:
+        self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
         if self.exercise:
             self.exercise.scoring = True
         try:
@@ -98,6 +101,13 @@ class PathwayLM(HFLM):
         finally:
             if self.exercise:
                 self.exercise.scoring = False
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **settings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if left_truncate_len is not None:
+            self.truncated += sum(len(self.tok_encode(string)) > left_truncate_len for string in strings)
+        return super().tok_batch_encode(strings, padding_side, left_truncate_len, **settings)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         if self.prompt_pathway:
@@ -238,7 +248,7 @@ def task_record(
 
 def item_texts(evaluation: Evaluation) -> dict[str, list[set[str]]]:
     """Per task, for each document the texts by which it would be recognised in a corpus: its prompt, its prompt with
-    each answer, and its fields of at least 32 characters."""
+    each answer and with the right one, and its fields of at least 32 characters."""
     texts: dict[str, dict[int, set[str]]] = {}
     for row in evaluation.samples:
         own = texts.setdefault(row["task"], {}).setdefault(row["doc_id"], set())
@@ -247,5 +257,6 @@ def item_texts(evaluation: Evaluation) -> dict[str, list[set[str]]]:
             own.add(prompt)
             if len(arguments) > 1 and isinstance(arguments[1], str):
                 own.add(prompt + arguments[1])
+            own.add(f"{prompt} {row['target']}")
         own.update(value for value in row["doc"].values() if isinstance(value, str) and len(value) >= 32)
     return {task: list(documents.values()) for task, documents in texts.items()}

@@ -1,0 +1,146 @@
+"""`spath-eval models`: the families, where their small checkpoints stand, and how those score.
+
+Nothing is loaded: sizes are read from the header of the safetensors files, scores from the table in the model card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from spath_eval.cli import load_registry, plugin_options
+from spath_eval.contracts import Architecture, UsageError
+
+SCORE_ROW = re.compile(r"^\| (\S+) \| (\S+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+"""A row of a model card's table: task, metric, items, chance, score."""
+
+
+@dataclass(frozen=True)
+class CardScore:
+    """What a model card says of one task."""
+
+    task: str
+    metric: str
+    items: int
+    chance: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A family's small trained checkpoint."""
+
+    folder: str
+    file_bytes: int
+    """Of its safetensors files."""
+    parameters: int
+    scores: tuple[CardScore, ...]
+    """The dense model's; none without a model card."""
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_options
+def command(as_json: bool, plugin_names: tuple[str, ...], strict_plugins: bool) -> None:
+    """List the model families: types, FFN shapes, reference shapes, and small checkpoints with their scores."""
+    families = list(load_registry(plugin_names, strict_plugins).architectures.values())
+    checkpoints = [read_checkpoint(family.checkpoint) for family in families]
+    click.echo((_as_json if as_json else _as_text)(families, checkpoints))
+
+
+def read_checkpoint(folder: Path | None) -> Checkpoint | None:
+    """What stands in a checkpoint's folder; none where there is no folder, or are no weights in it.
+
+    Raises `UsageError` where the weights cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    if folder is None or not files:
+        return None
+    card = folder / "README.md"
+    rows = SCORE_ROW.findall(card.read_text(encoding="utf-8")) if card.is_file() else []
+    return Checkpoint(
+        folder=str(folder),
+        file_bytes=sum(file.stat().st_size for file in files),
+        parameters=sum(map(_parameters, files)),
+        scores=tuple(
+            CardScore(task, metric, int(items), float(chance), float(score))
+            for task, metric, items, chance, score in rows
+        ),
+    )
+
+
+def _parameters(file: Path) -> int:
+    """Numbers in a safetensors file: eight bytes say how long the header is, JSON that gives each tensor's shape."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise UsageError(f"{file}: not a readable safetensors file ({type(error).__name__})") from error
+
+
+def _shapes(family: Architecture) -> list[str]:
+    return list(dict.fromkeys(ffn.shape for ffn in family.ffns))
+
+
+def _as_json(families: Sequence[Architecture], checkpoints: Sequence[Checkpoint | None]) -> str:
+    content = [
+        {
+            "name": family.name,
+            "model_types": family.model_types,
+            "shapes": _shapes(family),
+            "reference_shapes": [shape.name for shape in family.reference_shapes],
+            "checkpoint": checkpoint and asdict(checkpoint),
+        }
+        for family, checkpoint in zip(families, checkpoints, strict=True)
+    ]
+    return json.dumps({"architectures": content}, indent=2)
+
+
+def _as_text(families: Sequence[Architecture], checkpoints: Sequence[Checkpoint | None]) -> str:
+    from tabulate import tabulate
+
+    known = {family.name: checkpoint for family, checkpoint in zip(families, checkpoints, strict=True)}
+    rows = [
+        (
+            family.name,
+            ", ".join(family.model_types),
+            ", ".join(_shapes(family)) or "-",
+            ", ".join(shape.name for shape in family.reference_shapes) or "-",
+            *_size(known[family.name]),
+        )
+        for family in families
+    ]
+    headers = ("family", "model types", "FFN shapes", "reference shapes", "checkpoint", "parameters")
+    text = tabulate(
+        rows,
+        headers,
+        disable_numparse=True,
+        maxcolwidths=[None, 24, 14, 20, None, None],
+        colalign=("left",) * 4 + ("right",) * 2,
+    )
+    scores = {name: {row.task: row for row in checkpoint.scores} for name, checkpoint in known.items() if checkpoint}
+    if tasks := {task: row for table in scores.values() for task, row in table.items()}:
+        lines = [
+            (task, row.metric, row.items, f"{row.chance:g}", *(_score(table.get(task)) for table in scores.values()))
+            for task, row in tasks.items()
+        ]
+        headers = ("score of the checkpoint", "metric", "items", "chance", *scores)
+        text += "\n\n" + tabulate(
+            lines, headers, disable_numparse=True, colalign=["left", "left"] + ["right"] * (len(headers) - 2)
+        )
+    return text
+
+
+def _size(checkpoint: Checkpoint | None) -> tuple[str, str]:
+    return (f"{checkpoint.file_bytes / 1e6:.1f} MB", f"{checkpoint.parameters:,}") if checkpoint else ("-", "-")
+
+
+def _score(row: CardScore | None) -> str:
+    return f"{row.score:.3f}" if row else "-"
