@@ -53,9 +53,10 @@ class Mask:
                     f"mask of {path}: expected boolean [width] or [experts, width], not {keep.dtype} {list(keep.shape)}"
                 )
         for path, experts in self.experts.items():
-            if path not in self.keep or experts.dtype != torch.bool or experts.shape != self.keep[path].shape[:1]:
+            keep = self.keep.get(path, torch.empty(0))
+            if keep.dim() != 2 or experts.dtype != torch.bool or experts.shape != keep.shape[:1]:
                 raise UsageError(f"mask of {path}: expected boolean [experts] for its experts")
-            self.keep[path][~experts] = False
+            keep[~experts] = False
 
     def __getitem__(self, path: str) -> torch.Tensor:
         return self.keep[path]

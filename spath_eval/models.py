@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,14 +91,8 @@ class GuessedArchitecture(Architecture):
 
     def sites(self, model: PreTrainedModel) -> list[Site]:
         sites = guess_sites(model, self.pattern)
-        shapes = ", ".join(sorted({site.ffn.shape for site in sites}))
-        log.warning(
-            "%s: the sites are guessed from %r and unverified: %d FFNs, %s",
-            type(model).__name__,
-            self.pattern,
-            len(sites),
-            shapes,
-        )
+        counts = ", ".join(f"{count} {shape}" for shape, count in Counter(site.ffn.shape for site in sites).items())
+        log.warning("%s: the FFNs (%s) are guessed from %r and unverified", type(model).__name__, counts, self.pattern)
         return sites
 
 

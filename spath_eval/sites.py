@@ -464,11 +464,8 @@ class ExpertsSite(Site):
             with _Excluding(removed, logits=self.ffn.routes_by_logits):
                 return original(*inputs, **options)
 
-        self.router.__dict__["forward"] = forward
-        try:
+        with _forwarding(self.router, forward):
             yield
-        finally:
-            del self.router.__dict__["forward"]
 
     def kept_width(self, mask: Mask) -> int:
         most = max(1, int(mask[self.path].sum(1).max()))
@@ -557,9 +554,10 @@ class ExpertsSite(Site):
         needed = int(getattr(router, "top_k", 0) or router.config.top_k_experts)
         groups, limit = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
         left = chosen.view(groups, -1).sum(1)
-        # A group's score is the sum of its two best experts', minus infinity where it has fewer.
-        admissible = left[left >= min(2, len(chosen) // groups)].sort().values if groups > 1 else left
-        worst = int(admissible[:limit].sum()) if len(admissible) >= limit else 0
+        # A group's score is the sum of its two best experts', minus infinity where it has fewer: such a group is chosen
+        # only where there are not enough others.
+        admissible, other = left[left >= 2].sort().values, left[left < 2].sort().values
+        worst = int(torch.cat([admissible[:limit], other[: max(0, limit - len(admissible))]]).sum())
         if worst >= needed:
             return None
         where = f" in its {limit} groups of experts" if groups > 1 else ""
@@ -568,8 +566,6 @@ class ExpertsSite(Site):
     @contextmanager
     def _forward_by(self, edit: Callable[[Observation], Tensor]) -> Iterator[None]:
         """Within the context, the experts run through our loop, with what enters down as `edit` returns it."""
-        module = self.module
-        before = module.__dict__.get("forward")
 
         def forward(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             order = experts.flatten().argsort(stable=True)
@@ -585,14 +581,8 @@ class ExpertsSite(Site):
             result = torch.zeros_like(hidden)
             return result.index_add_(0, tokens, (torch.cat(outputs) * routing.unsqueeze(-1)).to(hidden.dtype))
 
-        module.__dict__["forward"] = forward
-        try:
+        with _forwarding(self.module, forward):
             yield
-        finally:
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
 
     def _product(self, expert: int, rows: Tensor) -> Tensor:
         bias = getattr(self.module, f"{self.ffn.up}_bias")[expert] if self._has_bias else None
@@ -701,7 +691,7 @@ def _guess_site(model: PreTrainedModel, path: str) -> Site:
     rows = {other: module.out_features for other, module in beside.items() if isinstance(module, nn.Linear)}
     activations = [other for other, module in beside.items() if not list(module.parameters())]
     width = down.in_features
-    by_rows = {(width,): "plain", (2 * width,): "fused"}
+    by_rows: dict[tuple[int, ...], str] = {(width,): "plain", (2 * width,): "fused"}
     shape = "gated" if rows == {"gate_proj": width, "up_proj": width} else by_rows.get(tuple(rows.values()))
     if shape is None or len(activations) != 1 or len(beside) != len(rows) + 1:
         found = ", ".join(f"{other} ({_describe(module)})" for other, module in beside.items())
@@ -736,6 +726,20 @@ def _clone(module: nn.Module) -> nn.Module:
         name: copy.copy(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()
     }
     return clone
+
+
+@contextmanager
+def _forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, calls of `module` run `forward`."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
 
 
 @contextmanager

@@ -1,34 +1,50 @@
-"""Sites: what is observed is what the model computes, and masks change that and nothing else."""
+"""Sites of dense FFNs: what is observed is what the model computes, and masks change that and nothing else.
+
+Every test runs on every model type whose FFNs are dense; those of mixtures are in `test_experts.py`.
+"""
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from torch import nn
 
 from spath_eval import FFN, UsageError
 from spath_eval.masks import Mask, drop_all, keep_all
 from spath_eval.pathways import PARITY_TOLERANCE
 from spath_eval.plugins.architectures.gemma import GEMMA
+from spath_eval.plugins.architectures.llama import LLAMA
+from spath_eval.plugins.architectures.phi import PHI
+from spath_eval.plugins.architectures.qwen import QWEN
 from spath_eval.sites import find_sites
 
+FAMILIES = [GEMMA, PHI, QWEN, LLAMA]
+KINDS = [*(model_type for family in FAMILIES for model_type in family.model_types), "llama+mlp_bias"]
 PATHS = [f"model.layers.{layer}.mlp" for layer in range(3)]
+WIDTHS = {"gemma3n_text": [64, 48, 80], "gemma4_text": [64, 64, 128]}
 EXECUTIONS = ["masked", "compact"]
 
 
-@pytest.fixture(params=GEMMA.model_types)
-def model(request, tiny_model):
-    return tiny_model(request.param)
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def model(kind, tiny_model):
+    return tiny_model(kind)
 
 
 @pytest.fixture
 def sites(model):
-    return GEMMA.sites(model)
+    return sites_of(model)
+
+
+def sites_of(model):
+    return next(family for family in FAMILIES if family.matches(model.config)).sites(model)
 
 
 @pytest.fixture
@@ -53,15 +69,11 @@ def logits(model, tokens, **inputs):
         return model(tokens, **inputs).logits
 
 
-def reference_activations(module, inputs):
-    """act(gate(x)) * up(x) in float64, from the weights alone."""
-    x = inputs.double().numpy().reshape(-1, inputs.shape[-1])
-    gate = x @ module.gate_proj.weight.double().numpy().T
-    if share := getattr(module, "activation_sparsity", 0.0):
-        cutoff = gate.mean(-1, keepdims=True) + gate.std(-1, keepdims=True) * norm.ppf(share)
-        gate = np.maximum(gate - cutoff, 0)
-    gelu = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-    return gelu * (x @ module.up_proj.weight.double().numpy().T)
+def reference_output(site, activations):
+    """What down makes of `activations` `[rows, width]`, in float64."""
+    down = site.module.get_submodule(site.ffn.down)
+    bias = 0 if down.bias is None else down.bias.double().numpy()
+    return activations @ down.weight.double().numpy().T + bias
 
 
 def relative_difference(values, reference):
@@ -77,17 +89,33 @@ def hooks(model):
     ]
 
 
-def test_sites_are_found_at_the_declared_paths_with_their_widths(model, sites):
-    widths = [64, 48, 80] if model.config.model_type == "gemma3n_text" else [64, 64, 64]
+def test_sites_are_found_at_the_declared_paths_with_their_widths(kind, model, sites):
+    widths = WIDTHS.get(kind, [64, 64, 64])
     assert [site.path for site in sites] == PATHS
     assert [site.width for site in sites] == widths
-    assert [site.experts for site in sites] == [None] * 3
-    for site, width in zip(sites, widths, strict=True):
+    assert [site.experts for site in sites] == [site.kept_experts(None) for site in sites] == [None] * 3
+    for site in sites:
         assert site.module is model.get_submodule(site.path) is site.installed_module
-        assert (site.gate.shape, site.up.shape, site.down.shape) == ((width, 32), (width, 32), (32, width))
 
 
-def test_observed_activations_equal_a_float64_computation(model, sites, tokens):
+def test_gate_up_and_down_are_the_weights_that_stand_in_the_model(kind, model, sites):
+    for site in sites:
+        weights = dict(site.module.named_parameters())
+        if kind == "phi":
+            assert site.gate is None
+            assert (site.up.data_ptr(), site.up.shape) == (weights["fc1.weight"].data_ptr(), (64, 32))
+            assert torch.equal(site.down, weights["fc2.weight"])
+        elif kind == "phi3":
+            assert torch.equal(torch.cat([site.gate, site.up]), weights["gate_up_proj.weight"])
+            assert site.gate.shape == site.up.shape == (64, 32)
+            assert torch.equal(site.down, weights["down_proj.weight"])
+        else:
+            for name in ("gate", "up", "down"):
+                assert getattr(site, name) is weights[f"{name}_proj.weight"]
+        assert site.down.shape == (32, site.width)
+
+
+def test_observed_activations_equal_a_float64_computation(model, sites, tokens, reference_activations):
     observed, entered = {}, {}
     with ExitStack() as stack:
         for site in sites:
@@ -133,12 +161,12 @@ def test_other_masks_change_the_logits(model, sites, tokens, execution, select):
         assert (logits(model, tokens) - dense).abs().max() > 1e-2
 
 
-def test_masked_and_compact_equal_the_float64_computation_at_every_site(model, sites, tokens):
+def test_masked_and_compact_equal_the_float64_computation_at_every_site(sites, reference_activations):
     mask = random_mask(sites)
     inputs = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     for site in sites:
         activations = reference_activations(site.module, inputs) * mask[site.path].numpy()
-        expected = (activations @ site.down.double().numpy().T).reshape(inputs.shape)
+        expected = reference_output(site, activations).reshape(inputs.shape)
         with site.masked(mask):
             masked = site.module(inputs)
         compact = site.compact(mask)(inputs)
@@ -149,8 +177,7 @@ def test_masked_and_compact_equal_the_float64_computation_at_every_site(model, s
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masked_and_compact_agree_in_half_precision(model, dtype):
-    model.to(dtype)
-    sites = GEMMA.sites(model)
+    sites = sites_of(model.to(dtype))
     mask = random_mask(sites)
     inputs = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
     for site in sites:
@@ -200,37 +227,51 @@ def test_weight_bytes_are_those_of_the_modules(model, sites):
         compact = site.compact(mask)
         assert site.weight_bytes(None) == sum(parameter.nbytes for parameter in site.module.parameters())
         assert site.weight_bytes(mask) == sum(parameter.nbytes for parameter in compact.parameters())
-        assert site.kept_width(mask) == mask[site.path].sum() == compact.down_proj.in_features
-        # gemma3n's own sparsity takes mean and deviation over all gate outputs
-        whole_gate = bool(getattr(site.module, "activation_sparsity", 0.0))
-        assert compact.gate_proj.out_features == (site.width if whole_gate else site.kept_width(mask))
-        assert compact.up_proj.out_features == site.kept_width(mask)
+        assert site.kept_width(mask) == mask[site.path].sum() == compact.get_submodule(site.ffn.down).in_features
+        up = compact.get_submodule(site.ffn.up)
+        assert up.out_features == site.kept_width(mask) * (2 if site.ffn.shape == "fused" else 1)
+        if site.ffn.shape == "gated":
+            # gemma3n's own sparsity takes mean and deviation over all gate outputs
+            whole_gate = bool(getattr(site.module, "activation_sparsity", 0.0))
+            assert compact.gate_proj.out_features == (site.width if whole_gate else site.kept_width(mask))
+
+
+def test_biases_are_there_where_the_model_has_them(kind, sites):
+    mask = random_mask(sites)
+    for site in sites:
+        biases = {name for name, _ in site.compact(mask).named_parameters() if name.endswith("bias")}
+        assert biases == {
+            "phi": {"fc1.bias", "fc2.bias"},
+            "llama+mlp_bias": {"gate_proj.bias", "up_proj.bias", "down_proj.bias"},
+        }.get(kind, set())
+        assert all(site.module.get_parameter(name).any() for name in biases)
 
 
 def test_compact_weights_are_copies_that_leave_the_dense_ones_alone(sites):
     site = sites[2]
     before = {name: tensor.clone() for name, tensor in site.module.state_dict().items()}
     compact = site.compact(random_mask(sites))
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        compact.get_submodule(name).weight.zero_()
+    for name in site.modules[:-1]:  # the last is the activation function
+        compact.get_submodule(getattr(site.ffn, name)).weight.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in site.module.state_dict().items())
 
 
-def test_biases_are_sliced_and_counted(tiny_model):
-    site = GEMMA.sites(tiny_model("gemma"))[0]
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        projection = site.module.get_submodule(name)
-        projection.bias = nn.Parameter(torch.randn(projection.out_features), requires_grad=False)
-    mask = random_mask([site])
-    inputs = torch.randn(4, 32)
-    with site.masked(mask):
-        masked = site.module(inputs)
-    compact = site.compact(mask)
-    assert relative_difference(compact(inputs), masked.double().numpy()) < 1e-5
-    assert site.weight_bytes(mask) == sum(parameter.nbytes for parameter in compact.parameters())
+@pytest.mark.parametrize("compact", [False, True])
+def test_repaired_down_weights_take_the_place_of_the_models_own(model, sites, compact, tokens, reference_activations):
+    mask, dense = random_mask(sites), logits(model, tokens)
+    inputs = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    for site in sites:
+        weight = torch.randn(site.down.shape, generator=torch.Generator().manual_seed(3))
+        bias = None if site.module.get_submodule(site.ffn.down).bias is None else torch.arange(32.0)
+        activations = reference_activations(site.module, inputs) * mask[site.path].numpy()
+        expected = activations @ weight.double().numpy().T + (0 if bias is None else bias.double().numpy())
+        with site.with_down(mask, weight, bias, compact=compact):
+            output = site.installed_module(inputs)
+        assert relative_difference(output, expected.reshape(inputs.shape)) < 1e-5
+    assert torch.equal(logits(model, tokens), dense)
 
 
-def test_filtered_is_handed_the_activated_gate_and_keeps_by_token(model, sites):
+def test_filtered_is_handed_the_activated_gate_and_keeps_by_token(sites, reference_activations):
     inputs = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     handed = []
 
@@ -243,12 +284,17 @@ def test_filtered_is_handed_the_activated_gate_and_keeps_by_token(model, sites):
             output = site.module(inputs)
         gate, product = handed.pop()
         activations = reference_activations(site.module, inputs)
-        up = inputs.double().numpy().reshape(10, 32) @ site.up.double().numpy().T
         assert relative_difference(product, activations) < 2e-6
-        assert relative_difference(gate.double().numpy() * up, activations) < 2e-6
+        if site.gate is None:
+            assert gate is None
+        else:
+            up = inputs.double().numpy().reshape(10, 32) @ site.up.double().numpy().T
+            if (projection := site.module.get_submodule(site.ffn.up)).bias is not None:
+                up += projection.bias.double().numpy()
+            assert relative_difference(gate.double().numpy() * up, activations) < 2e-6
         kept = (product > product.median(-1, keepdim=True).values).numpy()
         assert len({tuple(row) for row in kept.tolist()}) == 10, "each token keeps other neurons"
-        expected = ((activations * kept) @ site.down.double().numpy().T).reshape(inputs.shape)
+        expected = reference_output(site, activations * kept).reshape(inputs.shape)
         assert relative_difference(output, expected) < 1e-5
 
 
@@ -272,19 +318,31 @@ def test_entering_down_sees_the_ffn_in_the_model_and_the_dense_one(sites):
     assert [observation.values.shape[-1] for observation in seen] == [site.kept_width(mask), site.width]
 
 
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
-def test_compact_refuses_weights_that_it_cannot_slice(tiny_model, name):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("gemma", "gate_proj"),
+        ("gemma", "up_proj"),
+        ("gemma", "down_proj"),
+        ("phi", "fc1"),
+        ("phi", "fc2"),
+        ("phi3", "gate_up_proj"),
+        ("phi3", "down_proj"),
+    ],
+)
+def test_compact_refuses_weights_that_it_cannot_slice(model, sites, name):
     class Quantised(nn.Linear):
         pass
 
-    model = tiny_model("gemma")
-    site = GEMMA.sites(model)[1]
+    site = sites[1]
     dense = site.module.get_submodule(name)
     setattr(site.module, name, Quantised(dense.in_features, dense.out_features, bias=False))
     with pytest.raises(UsageError, match=rf"model\.layers\.1\.mlp\.{name} is a Quantised.*--execution masked"):
         site.compact(random_mask([site]))
-    with site.masked(drop_all([site])):
-        assert not site.module(torch.randn(1, 3, 32)).any(), "masked execution does not mind"
+    bias = site.module.get_submodule(site.ffn.down).bias
+    nothing = torch.zeros(1, 3, 32) if bias is None else bias.expand(1, 3, 32)
+    with site.masked(drop_all([site])), torch.no_grad():
+        assert torch.equal(site.module(torch.randn(1, 3, 32)), nothing), "masked execution does not mind"
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tiny_model):
@@ -300,3 +358,11 @@ def test_a_star_stands_for_exactly_one_component(tiny_model):
 def test_an_ffn_without_the_declared_projections_is_an_error(tiny_model):
     with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp \(GemmaMLP\) has no module 'w1'"):
         find_sites(tiny_model("gemma"), [FFN("model.layers.*.mlp", gate="w1")])
+
+
+def test_the_declaration_of_another_type_of_the_family_does_not_count(tiny_model):
+    """Both types of the family have their FFNs at the same path, and each declaration is for one of them."""
+    plain, fused = PHI.ffns
+    with pytest.raises(UsageError, match="no FFN site found in PhiForCausalLM"):
+        find_sites(tiny_model("phi"), [fused])
+    assert [site.ffn for site in find_sites(tiny_model("phi3"), [plain, fused])] == [fused] * 3

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import ClassVar
+
 import pytest
 
 from spath_eval.tasks import FOLDER
@@ -41,7 +44,11 @@ def test_a_right_answer_scores_one_and_a_wrong_one_zero(tasks):
     from lm_eval.api.model import LM
 
     class Oracle(LM):
-        """Answers every second document rightly: knows the answers by their prompts."""
+        """Answers every second document rightly, and in some tasks goes on as the texts do."""
+
+        tails: ClassVar[dict[str, str]] = defaultdict(
+            str, spath_math_generate=" apples.", spath_language_generate=" all day"
+        )
 
         def __init__(self):
             super().__init__()
@@ -54,8 +61,8 @@ def test_a_right_answer_scores_one_and_a_wrong_one_zero(tasks):
             return [(float(r.args[1] == f" {self.answers[r.args[0]]}"), False) for r in requests]
 
         def generate_until(self, requests):
-            assert all(r.args[1]["until"] == ["\n"] and r.args[1]["max_gen_toks"] == 16 for r in requests)
-            return [f" {self.answers[r.args[0]]}" for r in requests]
+            assert all("\n" in r.args[1]["until"] and r.args[1]["max_gen_toks"] == 16 for r in requests)
+            return [f" {self.answers[r.args[0]]}{self.tails[r.task_name]}" for r in requests]
 
         def loglikelihood_rolling(self, requests):
             raise NotImplementedError

@@ -335,10 +335,12 @@ tags: [spath-eval]
 {width} neurons per FFN. It knows four small domains and nothing else; it is made to be measured, not to be used.
 
 - Made by `python -m spath_eval.plugins.zoo.train {family} --steps {steps}`, seed {seed}.
-- Data: split `train` of spath-eval's domains, made by generators and from hand-written tables
-  (tokens: {tokens}). Their splits `profile` and `heldout` and their evaluation items were not seen.
-- Training: {steps} steps of {batch:,} tokens ({seen:,} in all; {rows}), AdamW, learning rate {rate}
-  at its highest, cosine schedule, float32; tokens outside answers weigh {other_weight}. Saved in bfloat16.
+- Data: split `train` of spath-eval's domains, made by generators and from hand-written tables.
+  Tokens: {tokens}.
+  Their splits `profile` and `heldout` and their evaluation items were not seen.
+- Training: {steps} steps of {batch:,} tokens, {seen:,} in all ({rows}).
+  AdamW, learning rate {rate} at its highest, cosine schedule, float32; tokens outside answers weigh {other_weight}.
+  Saved in bfloat16.
 - Loss on the answers in held-out texts, in nats per token: {losses}.
 
 | task | metric | items | chance | score |

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,41 +106,47 @@ def _as_json(families: Sequence[Architecture], checkpoints: Sequence[Checkpoint 
 def _as_text(families: Sequence[Architecture], checkpoints: Sequence[Checkpoint | None]) -> str:
     from tabulate import tabulate
 
-    known = {family.name: checkpoint for family, checkpoint in zip(families, checkpoints, strict=True)}
     rows = [
         (
             family.name,
             ", ".join(family.model_types),
             ", ".join(_shapes(family)) or "-",
             ", ".join(shape.name for shape in family.reference_shapes) or "-",
-            *_size(known[family.name]),
+            f"{checkpoint.file_bytes / 1e6:.1f} MB" if checkpoint else "-",
+            f"{checkpoint.parameters:,}" if checkpoint else "-",
         )
-        for family in families
+        for family, checkpoint in zip(families, checkpoints, strict=True)
     ]
-    headers = ("family", "model types", "FFN shapes", "reference shapes", "checkpoint", "parameters")
     text = tabulate(
         rows,
-        headers,
+        ("family", "model types", "FFN shapes", "reference shapes", "checkpoint", "parameters"),
         disable_numparse=True,
         maxcolwidths=[None, 24, 14, 20, None, None],
-        colalign=("left",) * 4 + ("right",) * 2,
+        colalign=("left", "left", "left", "left", "right", "right"),
     )
-    scores = {name: {row.task: row for row in checkpoint.scores} for name, checkpoint in known.items() if checkpoint}
-    if tasks := {task: row for table in scores.values() for task, row in table.items()}:
-        lines = [
-            (task, row.metric, row.items, f"{row.chance:g}", *(_score(table.get(task)) for table in scores.values()))
-            for task, row in tasks.items()
-        ]
-        headers = ("score of the checkpoint", "metric", "items", "chance", *scores)
-        text += "\n\n" + tabulate(
-            lines, headers, disable_numparse=True, colalign=["left", "left"] + ["right"] * (len(headers) - 2)
+    scores = {family.name: one.scores for family, one in zip(families, checkpoints, strict=True) if one}
+    return f"{text}\n\n{_score_table(scores)}" if any(scores.values()) else text
+
+
+def _score_table(scores: Mapping[str, Sequence[CardScore]]) -> str:
+    """Tasks down, families across."""
+    from tabulate import tabulate
+
+    by_task = {name: {row.task: row for row in rows} for name, rows in scores.items()}
+    about = {row.task: row for rows in scores.values() for row in rows}
+    lines = [
+        (
+            task,
+            row.metric,
+            row.items,
+            f"{row.chance:g}",
+            *(f"{rows[task].score:.3f}" if task in rows else "-" for rows in by_task.values()),
         )
-    return text
-
-
-def _size(checkpoint: Checkpoint | None) -> tuple[str, str]:
-    return (f"{checkpoint.file_bytes / 1e6:.1f} MB", f"{checkpoint.parameters:,}") if checkpoint else ("-", "-")
-
-
-def _score(row: CardScore | None) -> str:
-    return f"{row.score:.3f}" if row else "-"
+        for task, row in about.items()
+    ]
+    return tabulate(
+        lines,
+        ("dense score", "metric", "items", "chance", *scores),
+        disable_numparse=True,
+        colalign=("left", "left", "right", "right", *["right"] * len(scores)),
+    )
