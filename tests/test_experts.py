@@ -97,7 +97,7 @@ def neuron_mask(sites, share=0.5, pool="layer"):
     shape = lambda site: (site.width,) if site.experts is None else (site.experts, site.width)  # noqa: E731
     scores = random_scores(sites, shape)
     if pool == "model":
-        scores |= {site.path: scores[site.path] * torch.linspace(0.5, 1.5, 8)[:, None] for site in mixtures(sites)}
+        scores |= {site.path: scores[site.path] * torch.linspace(0.8, 1.2, 8)[:, None] for site in mixtures(sites)}
     return remove_lowest(scores, share, pool)
 
 
@@ -109,7 +109,7 @@ def expert_mask(sites, share=0.25, neurons=0.0):
 
 MASKS = {
     "neurons": neuron_mask,
-    "unequal neurons": lambda sites: neuron_mask(sites, 0.5, "model"),
+    "unequal neurons": lambda sites: neuron_mask(sites, 0.6, "model"),
     "experts": expert_mask,
     "both": lambda sites: expert_mask(sites, 0.25, 0.5),
 }
@@ -293,7 +293,7 @@ def test_profile_of_each_expert_equals_a_float64_loop(model, sites, tiny_tokeniz
 def test_keep_all_runs_the_models_own_experts_function_and_changes_exactly_nothing(
     model, sites, tokens, probe, execution, implementation
 ):
-    model.set_experts_implementation(implementation)
+    model.get_decoder().set_experts_implementation(implementation)
     dense = logits(model, tokens)
     with StaticPathway(sites, keep_all(sites), execution).applied():
         assert not any("forward" in site.installed_module.__dict__ for site in mixtures(sites))
@@ -303,9 +303,7 @@ def test_keep_all_runs_the_models_own_experts_function_and_changes_exactly_nothi
     assert found.drop_all_difference > 1e-2
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_masked_and_compact_equal_a_float64_loop(model, sites, tokens, mask, implementation, reference_activations):
-    model.set_experts_implementation(implementation)
+def test_masked_and_compact_equal_a_float64_loop(model, sites, tokens, mask, reference_activations):
     with StaticPathway(sites, mask, "masked").applied():
         calls = calls_of(model, sites, tokens)
     for site in mixtures(sites):
@@ -313,10 +311,12 @@ def test_masked_and_compact_equal_a_float64_loop(model, sites, tokens, mask, imp
         expected = float64_output(site, call, mask[site.path], reference_activations)
         with site.masked(mask):
             masked = call(site.module)
-        compact = call(site.compact(mask))
         assert relative_difference(masked, expected) < 1e-5
-        assert relative_difference(compact, expected) < 1e-5
-        assert relative_difference(compact, raw(masked)) < 1e-5
+        for implementation in IMPLEMENTATIONS:
+            model.get_decoder().set_experts_implementation(implementation)
+            compact = call(site.compact(mask))
+            assert relative_difference(compact, expected) < 1e-5
+            assert relative_difference(compact, raw(masked)) < 1e-5
 
 
 def test_whole_models_agree_masked_and_compact_and_differ_from_dense(model, sites, tokens, mask, probe):
@@ -329,6 +329,7 @@ def test_whole_models_agree_masked_and_compact_and_differ_from_dense(model, site
     assert (found["masked"] - logits(model, tokens)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("mask", ["unequal neurons", "both"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masked_and_compact_agree_in_half_precision(model, sites, tokens, mask, dtype):
     with StaticPathway(sites, mask, "masked").applied():
@@ -437,6 +438,7 @@ def test_filtered_keeps_by_token(model, sites, tokens, reference_activations):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("mask", ["both"], indirect=True)
 def test_the_model_is_bit_identical_after_the_context(model, sites, tokens, mask, execution, failing):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules, dense = dict(model.named_modules()), logits(model, tokens)
@@ -549,8 +551,7 @@ def test_a_site_that_does_not_mask_at_all_fails(sites, run, tokens):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("neurons", [0.0, 0.5])
-@pytest.mark.parametrize("phases", [PHASES, ["decode"]], ids="-".join)
-def test_tokens_that_are_routed_to_removed_experts_fail(sites, run, tokens, execution, neurons, phases):
+def test_tokens_that_are_routed_to_removed_experts_in_one_phase_fail(sites, run, tokens, execution, neurons):
     """Compact execution would run another expert in the removed one's place, and nobody would see it."""
     site, mask = mixtures(sites)[1], expert_mask(sites, 0.25, neurons)
     # the first expert stays, so that renumbering gives each removed one the number of one that is there
@@ -562,12 +563,12 @@ def test_tokens_that_are_routed_to_removed_experts_fail(sites, run, tokens, exec
     def faulty(mask):
         with routed(mask):
             excluding, own = site.router.forward, type(site.router).forward
-            site.router.forward = lambda *call: own(site.router, *call) if run.phase in phases else excluding(*call)
+            site.router.forward = lambda *call: own(site.router, *call) if run.phase == "decode" else excluding(*call)
             yield
 
     site.routed = faulty
     exercise = run(StaticPathway(sites, Mask(keep, {}, chosen), execution), tokens)
-    with pytest.raises(GateError, match=rf"at {re.escape(site.path)} in {phases[0]}: tokens were routed to removed"):
+    with pytest.raises(GateError, match=rf"at {re.escape(site.path)} in decode: tokens were routed to removed"):
         exercise.check(PHASES)
 
 
@@ -586,6 +587,10 @@ def softmax(scores):
 
 def best(scores, allowed, count):
     return sorted(np.flatnonzero(allowed), key=lambda number: -scores[number])[:count]
+
+
+# Each rule takes what the router computes for one token, `[experts]`, and which experts it may choose. They differ in
+# when the weights are normalised, and over which experts.
 
 
 def by_softmax(router, scores, allowed, *, normalised):
@@ -642,10 +647,7 @@ def float64_routing(kind, router, inputs, allowed, *, normalised):
         "kimi_k25": by_groups,
     }.get(kind, by_softmax)
     rows = [rule(router, row, allowed.numpy(), normalised=normalised) for row in scores]
-    return [
-        {number: weight * (scale[number] if len(scale) > number else 1) for number, weight in row.items()}
-        for row in rows
-    ]
+    return [{number: weight * scale[number] for number, weight in row.items()} for row in rows]
 
 
 ALWAYS = ("mixtral", "gemma4_text+experts", "gpt_oss", "phimoe")
@@ -752,6 +754,11 @@ def least_left(chosen, groups, limit):
     return min(sum(left[group] for group in one) for one in sets)
 
 
+def grouped_choice(seed):
+    """Some of 16 experts, more of them or less."""
+    return torch.rand(16, generator=torch.Generator().manual_seed(seed)) < (0.55, 0.7, 0.85, 0.95)[seed % 4]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_of_grouped_experts_every_set_of_groups_must_keep_enough(tiny_model, seed):
     """Accepted or refused as trying all sets says; and where accepted, a router driven to each set proves it."""
@@ -760,9 +767,8 @@ def test_of_grouped_experts_every_set_of_groups_must_keep_enough(tiny_model, see
         "deepseek_v3", num_hidden_layers=2, n_routed_experts=16, num_experts_per_tok=needed, n_group=4, topk_group=2
     )
     (site,) = mixtures(sites_of(model))
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(16, generator=generator) < (0.55, 0.7, 0.85, 0.95)[seed % 4]
-    mask = Mask({site.path: torch.ones(8 * 2, 24, dtype=torch.bool)}, {}, {site.path: chosen})
+    chosen = grouped_choice(seed)
+    mask = Mask({site.path: torch.ones(16, 24, dtype=torch.bool)}, {}, {site.path: chosen})
     worst = least_left(chosen, groups, limit)
     if worst < needed:
         with (
@@ -773,6 +779,7 @@ def test_of_grouped_experts_every_set_of_groups_must_keep_enough(tiny_model, see
         return
     site.router.weight.copy_(torch.eye(16, 32))  # its logits are then the first 16 values of the input
     site.router.e_score_correction_bias.zero_()
+    generator = torch.Generator().manual_seed(seed)
     for wanted in itertools.combinations(range(groups), limit):
         scores = torch.randn(50, groups, 4, generator=generator)
         scores[:, list(wanted)] += 4
@@ -783,12 +790,8 @@ def test_of_grouped_experts_every_set_of_groups_must_keep_enough(tiny_model, see
 
 
 def test_both_outcomes_occur_among_the_masks_above():
-    def share(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(16, generator=generator) < (0.55, 0.7, 0.85, 0.95)[seed % 4]
-
-    worst = [least_left(share(seed), 4, 2) for seed in range(40)]
-    assert 10 <= sum(count >= 5 for count in worst) <= 30
+    worst = [least_left(grouped_choice(seed), 4, 2) for seed in range(40)]
+    assert 5 <= sum(count >= 5 for count in worst) <= 35
 
 
 def test_experts_that_are_not_fused_are_refused(tiny_model):

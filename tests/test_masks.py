@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from spath_eval import UsageError
-from spath_eval.masks import Mask, drop_all, keep_all, remove_lowest
+from spath_eval.masks import Mask, drop_all, keep_all, remove_experts, remove_lowest
 from spath_eval.plugins.architectures.gemma import GEMMA
+from spath_eval.plugins.architectures.moe import MOE
 
 WIDTHS = {"a": 64, "b": 48, "c": 81}
 
@@ -73,6 +74,28 @@ def test_experts_are_pooled_over_the_model_too():
     assert mask["b"].all()
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.3, 0.875])
+def test_the_experts_that_are_routed_to_least_go_at_every_site(sparsity):
+    scores = {"a": torch.tensor([0.3, 0.0, 0.2, 0.9, 0.0, 0.5, 0.1, 0.4]), "b": torch.rand(8)}
+    keep = {path: torch.rand(8, 20) > 0.5 for path in "ab"} | {"c": torch.rand(30) > 0.5}
+    mask = remove_experts(Mask(keep, {"domain": "math"}), scores, sparsity)
+    assert mask.provenance == {"domain": "math"}
+    for path, values in scores.items():
+        removed = sorted(lowest(values.tolist(), sparsity))
+        assert (~mask.experts[path]).nonzero().flatten().tolist() == removed
+        for expert in range(8):
+            expected = torch.zeros(20, dtype=torch.bool) if expert in removed else keep[path][expert]
+            assert torch.equal(mask[path][expert], expected)
+    assert torch.equal(mask["c"], keep["c"])
+    kept = sum(int(part.sum()) for part in mask.keep.values())
+    assert mask.achieved == pytest.approx(1 - kept / (2 * 8 * 20 + 30))
+
+
+def test_where_there_are_no_experts_none_can_be_removed():
+    with pytest.raises(UsageError, match="no routed experts"):
+        remove_experts(Mask({"a": torch.ones(8, dtype=torch.bool)}), {}, 0.25)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("pool", ["layer", "model"])
 def test_scores_that_are_not_finite_are_refused(scores, value, pool):
@@ -98,6 +121,43 @@ def test_a_mask_does_not_follow_the_tensor_it_was_made_of():
 def test_a_mask_is_boolean_over_neurons(keep):
     with pytest.raises(UsageError, match="mask of a: expected boolean"):
         Mask({"a": keep})
+
+
+EXPERTS = torch.tensor([True, False, True])
+
+
+@pytest.mark.parametrize(
+    ("keep", "experts"),
+    [
+        (torch.ones(3, 4), {"b": EXPERTS}),
+        (torch.ones(3, 4), {"a": EXPERTS.int()}),
+        (torch.ones(3, 4), {"a": EXPERTS[:2]}),
+        (torch.ones(3, 4), {"a": EXPERTS.expand(4, 3).T}),
+        (torch.ones(3), {"a": EXPERTS}),
+    ],
+    ids=["of no site", "no booleans", "too few", "of neurons", "of a dense FFN"],
+)
+def test_experts_of_a_mask_are_boolean_and_those_of_a_site_that_has_some(keep, experts):
+    with pytest.raises(UsageError, match=r"mask of [ab]: expected boolean \[experts\] for its experts"):
+        Mask({"a": keep.bool()}, {}, experts)
+
+
+def test_of_experts_that_go_no_neuron_stays_and_nothing_of_what_was_handed_in_changes():
+    keep, chosen = torch.ones(3, 4, dtype=torch.bool), EXPERTS.clone()
+    mask = Mask({"a": keep}, {}, {"a": chosen})
+    assert mask["a"].sum(1).tolist() == [4, 0, 4]
+    assert keep.all()
+    chosen[0] = False
+    assert mask.experts["a"].tolist() == [True, False, True]
+
+
+def test_digest_depends_on_which_experts_the_router_may_choose():
+    """An expert that has no neuron left is still chosen, and takes another's place."""
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    keep[1] = False
+    masks = [Mask({"a": keep}, {}, experts) for experts in ({}, {"a": EXPERTS}, {"a": torch.ones(3).bool()})]
+    assert all(torch.equal(mask["a"], keep) for mask in masks)
+    assert len({mask.digest for mask in masks}) == 3
 
 
 def test_digest_tells_masks_apart():
@@ -132,6 +192,29 @@ def test_keep_all_and_drop_all_are_what_they_say(tiny_model):
     assert keep_all(sites).achieved == 0
     assert drop_all(sites).achieved == 1
     assert {path: len(keep) for path, keep in drop_all(sites).keep.items()} == {site.path: site.width for site in sites}
+
+
+def test_masks_of_mixtures_are_shaped_as_their_sites(tiny_model):
+    sites = MOE.sites(tiny_model("qwen3_moe"))
+    for mask in (keep_all(sites), drop_all(sites)):
+        assert [list(keep.shape) for keep in mask.keep.values()] == [[64], [8, 24], [8, 24]]
+        mask.check(sites)
+    routed = sites[1].path
+    for shape in ((24,), (8, 25), (7, 24)):
+        keep = keep_all(sites).keep | {routed: torch.ones(shape, dtype=torch.bool)}
+        with pytest.raises(UsageError, match=rf"{routed} has shape .*the model's site \[8, 24\]"):
+            Mask(keep).check(sites)
+
+
+def test_a_saved_mask_keeps_its_experts(tmp_path):
+    keep = {"a": torch.rand(3, 4) > 0.3, "b": torch.rand(8) > 0.3, "c": torch.rand(3, 4) > 0.3}
+    mask = Mask(keep, {"domain": "math"}, {"c": EXPERTS})
+    mask.save(tmp_path / "mask.safetensors")
+    loaded = Mask.load(tmp_path / "mask.safetensors")
+    assert (loaded.digest, loaded.provenance) == (mask.digest, mask.provenance)
+    assert loaded.keep.keys() == keep.keys()
+    assert {path: part.tolist() for path, part in loaded.experts.items()} == {"c": EXPERTS.tolist()}
+    assert torch.equal(loaded["c"], mask["c"])
 
 
 def test_a_saved_mask_comes_back_with_its_provenance(scores, tmp_path):

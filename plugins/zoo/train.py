@@ -58,12 +58,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **SHAPE,
         "intermediate_size": 768,
         "num_key_value_heads": 4,
-        "initializer_range": 0.05,
+        "initializer_range": 0.08,
         "partial_rotary_factor": 0.5,
         "resid_pdrop": 0.0,
     },
-    "qwen": {"model_type": "qwen2", **SHAPE, "initializer_range": 0.05},
-    "llama": {"model_type": "llama", **SHAPE, "initializer_range": 0.05},
+    "qwen": {"model_type": "qwen3", **SHAPE, "initializer_range": 0.08},
+    "llama": {"model_type": "llama", **SHAPE, "initializer_range": 0.08},
     "moe": {
         "model_type": "mixtral",
         **SHAPE,
@@ -71,7 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size": 96,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
-        "initializer_range": 0.05,
+        "initializer_range": 0.08,
     },
 }
 """Keyword arguments of `transformers.AutoConfig.for_model`."""
@@ -227,18 +227,24 @@ class Trained:
 def initial(family: str) -> PreTrainedModel:
     """A family's model before training, in float32.
 
-    Gemma normalises the output of a block before it is added to the residual stream. Here all outputs together start as
-    large as the embeddings: at their usual size they drown out the tokens, and learning starts late.
+    The outputs that blocks add to the residual stream are made small, so that all together start about as large as the
+    embeddings: at their usual size they drown out the tokens, and learning starts late. Gemma normalises each output,
+    and there the norm's weight decides; elsewhere the last projection's weights do.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family])).float().train()
-    after_blocks = model.config.model_type.startswith("gemma")
+    gemma = model.config.model_type.startswith("gemma")
+    size = (2 * model.config.num_hidden_layers) ** -0.5
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if after_blocks and name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
-                weight.fill_((2 * model.config.num_hidden_layers) ** -0.5 - 1)
+            if gemma and name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+                weight.fill_(size - 1)
+            elif not gemma and name.endswith(
+                ("o_proj.weight", "dense.weight", "down_proj.weight", "fc2.weight", "down_proj")
+            ):
+                weight.mul_(size)
     return model
 
 

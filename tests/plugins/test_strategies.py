@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from spath_eval import Budget, Context
+from spath_eval import Budget, Context, UsageError
 from spath_eval.plugins.architectures.gemma import GEMMA
+from spath_eval.plugins.architectures.moe import MOE
 from spath_eval.plugins.strategies.keep_all import KeepAll
 from spath_eval.plugins.strategies.negative import Negative
 from spath_eval.plugins.strategies.random import Random
@@ -32,15 +33,15 @@ def activity(sites):
     }
 
 
-def context(sites, activity=None, *, sparsity=SPARSITY, seed=0):
+def context(sites, activity=None, *, routing=None, budget=None, sparsity=SPARSITY, seed=0):
     profile = None
     if activity:
-        other = {path: values.flip(0) for path, values in activity.items()}
-        domains = {"math": activity, "code": other}
-        parts = {name: DomainProfile(name, 9, "", "", {"mean_abs": values}) for name, values in domains.items()}
-        profile = Profile(parts)
+        own = {"mean_abs": activity, "routing_share": routing or {}}
+        other = {name: {path: values.flip(0) for path, values in part.items()} for name, part in own.items()}
+        domains = {"math": own, "code": other}
+        profile = Profile({name: DomainProfile(name, 9, "", "", values) for name, values in domains.items()})
     generator = torch.Generator().manual_seed(seed)
-    return Context("math", Budget(sparsity), {site.path: site for site in sites}, profile, generator)
+    return Context("math", budget or Budget(sparsity), {site.path: site for site in sites}, profile, generator)
 
 
 def test_negative_skips_what_lies_below_the_percentile_of_its_layer(sites, activity):
@@ -73,9 +74,41 @@ def test_reverse_removes_the_most_active(sites, activity):
     assert mask.achieved == pooled.achieved == SPARSITY
 
 
-def test_negative_and_reverse_read_one_statistic_of_their_own_domain(sites, activity):
+def test_negative_and_reverse_read_statistics_of_their_own_domain():
+    assert (Negative.requires, Reverse.requires) == (("mean_abs", "routing_share"), ("mean_abs",))
     for strategy in (Negative, Reverse):
-        assert (strategy.requires, strategy.all_domains, strategy.needs_batches) == (("mean_abs",), False, False)
+        assert (strategy.all_domains, strategy.needs_batches) == (False, False)
+
+
+def test_negative_removes_the_experts_that_the_domain_is_routed_to_least(tiny_model):
+    sites = MOE.sites(tiny_model("qwen3_moe"))
+    generator = torch.Generator().manual_seed(0)
+    activity = {
+        site.path: torch.rand((site.experts, site.width) if site.experts else (site.width,), generator=generator)
+        for site in sites
+    }
+    routing = {site.path: torch.rand(8, generator=generator) for site in sites if site.experts}
+    for sparsity in (0.0, SPARSITY):
+        budget = Budget(sparsity, expert_sparsity=0.4)
+        mask = Negative().select(context(sites, activity, routing=routing, budget=budget))
+        mask.check(sites)
+        assert mask.experts.keys() == routing.keys()
+        for path, shares in routing.items():
+            percentile = np.percentile(shares.numpy(), 40, method="higher")
+            assert np.array_equal(mask.experts[path].numpy(), shares.numpy() >= percentile)
+            kept = mask[path][mask.experts[path]]
+            assert (kept.sum(1) == 24 - round(24 * sparsity)).all()
+            assert not mask[path][~mask.experts[path]].any()
+        assert mask[sites[0].path].sum() == 64 - round(64 * sparsity), "the dense FFN loses its own share alone"
+
+
+def test_negative_removes_no_expert_where_none_is_asked_for(sites, activity):
+    assert Negative().select(context(sites, activity)).experts == {}
+
+
+def test_negative_says_that_a_dense_model_has_no_experts_to_remove(sites, activity):
+    with pytest.raises(UsageError, match="no routed experts"):
+        Negative().select(context(sites, activity, budget=Budget(0.1, expert_sparsity=0.25)))
 
 
 def test_random_removes_the_same_share_of_every_layer(sites):

@@ -125,6 +125,9 @@ class Experts:
     def weight_bytes(self, kept: int | None) -> int:
         return 4 * self.experts * NEURON * (32 if kept is None else kept)
 
+    def kept_experts(self, kept: int | None) -> int:
+        return self.experts
+
 
 def test_of_routed_experts_only_those_used_count() -> None:
     config = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
@@ -136,3 +139,17 @@ def test_of_routed_experts_only_those_used_count() -> None:
         assert limit.prefill == pytest.approx((PREFILL_REST + 10 * 2 * FFNS) / PREFILL_REST, rel=1e-12)
         decode = 2 * ATTENTION + HEAD + batch * 2 * CACHED
         assert limit.decode == pytest.approx((decode + experts_read * FFNS) / decode, rel=1e-12)
+
+
+def test_whole_experts_that_go_lower_what_a_large_batch_reads_but_not_what_a_token_computes() -> None:
+    config = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
+    model = MixtralForCausalLM(config)
+    experts = FFN("model.layers.*.mlp.experts", "experts", up="gate_up_proj", model_types=("mixtral",))
+    sites = find_sites(model, (experts,))
+    chosen = torch.arange(8) < 6
+    mask = Mask(keep_all(sites).keep, {}, {site.path: chosen for site in sites})
+    for batch, dense, kept in ((1, 2, 2), (3, 6, 6), (5, 8, 6)):
+        limit = ceiling(model, sites, mask, Workload(batch=batch, tokens=5, new_tokens=2))
+        assert limit.prefill == pytest.approx(1, rel=1e-12)
+        rest = 2 * ATTENTION + HEAD + batch * 2 * CACHED
+        assert limit.decode == pytest.approx((rest + dense * FFNS) / (rest + kept * FFNS), rel=1e-12)
