@@ -84,7 +84,7 @@ class Mask:
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise `UsageError` unless the mask fits `sites` exactly."""
-        expected = {site.path: [site.width] if site.experts is None else [site.experts, site.width] for site in sites}
+        expected = {site.path: list(site.shape) for site in sites}
         if missing := [path for path in expected if path not in self.keep]:
             raise UsageError(f"the mask lacks {len(missing)} of the model's sites, {missing[0]} among them")
         if unknown := [path for path in self.keep if path not in expected]:
@@ -117,12 +117,12 @@ class Mask:
 
 def keep_all(sites: Sequence[Site]) -> Mask:
     """The mask that removes nothing."""
-    return Mask({site.path: torch.ones(_shape(site), dtype=torch.bool) for site in sites})
+    return Mask({site.path: torch.ones(site.shape, dtype=torch.bool) for site in sites})
 
 
 def drop_all(sites: Sequence[Site]) -> Mask:
     """The mask that removes everything."""
-    return Mask({site.path: torch.zeros(_shape(site), dtype=torch.bool) for site in sites})
+    return Mask({site.path: torch.zeros(site.shape, dtype=torch.bool) for site in sites})
 
 
 def remove_lowest(scores: Mapping[str, torch.Tensor], sparsity: float, pool: Pool = "layer") -> Mask:
@@ -156,10 +156,6 @@ def _above_lowest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     order = scores.argsort(dim=-1, stable=True)
     keep = torch.ones(scores.shape, dtype=torch.bool)
     return keep.scatter_(-1, order[..., :count].cpu(), value=False)
-
-
-def _shape(site: Site) -> tuple[int, ...]:
-    return (site.width,) if site.experts is None else (site.experts, site.width)
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], path: Path) -> None:

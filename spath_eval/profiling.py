@@ -117,7 +117,7 @@ class _Sums:
 
     def __init__(self, site: Site, names: Iterable[str]) -> None:
         device = site.down.device
-        shape = (site.width,) if site.experts is None else (site.experts, site.width)
+        shape = site.shape
         means = [name for name in names if name != ROUTING]
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in means}
         self.rows = torch.zeros(shape[:-1], dtype=torch.float64, device=device)

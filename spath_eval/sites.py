@@ -68,6 +68,11 @@ class Site(ABC):
         return None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what has a value per neuron: `[width]`, or `[experts, width]`."""
+        return (self.width,) if self.experts is None else (self.experts, self.width)
+
+    @property
     @abstractmethod
     def gate(self) -> Tensor | None:
         """Gate weights `[width, hidden]`, where the shape has them."""
@@ -345,10 +350,9 @@ class ExpertsSite(Site):
         for name in (ffn.up, ffn.down):
             if getattr(getattr(self.module, name, None), "ndim", 0) != 3:
                 raise UsageError(f"{path} ({type(self.module).__name__}) has no fused experts {name!r}")
-        if not getattr(self.module, "has_gate", True):
-            raise UsageError(
-                f"{path} ({type(self.module).__name__}) has experts without a gate, which are not supported"
-            )
+        if not getattr(self.module, "has_gate", True) or getattr(self.module, "has_post_expert_norm", False):
+            kind = f"{path} ({type(self.module).__name__})"
+            raise UsageError(f"{kind} has experts without a gate, or with a norm of their own: not supported")
         self._watchers: list[Callable[[Observation], None]] = []
         self.router = self._parent.get_submodule(ffn.router)
 

@@ -351,9 +351,9 @@ def spath_eval_command() -> Callable[..., Outcome]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, and an empty profile cache outside of it."""
-    folder = tmp_path / "workplace"
+    folder = tmp_path / "work_folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("SPATH_CACHE_DIR", str(tmp_path / "cache"))
@@ -377,7 +377,7 @@ def brief(short_text: Path) -> list[str]:
 
 @pytest.fixture
 def run(
-    spath_eval_command: Callable[..., Outcome], workplace: Path, tiny_checkpoint: Path, brief: list[str]
+    spath_eval_command: Callable[..., Outcome], work_folder: Path, tiny_checkpoint: Path, brief: list[str]
 ) -> Callable[..., Outcome]:
     """Calls `spath-eval run` on the tiny checkpoint with the brief options, and with those given, which win."""
     return lambda *arguments: spath_eval_command("run", "--model", tiny_checkpoint, *brief, *arguments)

@@ -243,7 +243,9 @@ def test_a_token_strategy_has_a_mask_for_each_token(run, seen, option):
         assert product[1] == 64
 
 
-def test_neither_prompt_nor_token_strategies_have_a_speed(spath_eval_command, workplace, tiny_checkpoint, brief, seen):
+def test_neither_prompt_nor_token_strategies_have_a_speed(
+    spath_eval_command, work_folder, tiny_checkpoint, brief, seen
+):
     options = [option for option in brief if option != "--no-speed"]
     outcome = spath_eval_command(
         "run", "--model", tiny_checkpoint, *options, "--strategy", "by-prompt,by-token", "--no-controls"

@@ -184,7 +184,7 @@ def test_masked_and_compact_execution_score_alike(run):
         assert other["gates"]["parity_reason"]
 
 
-def test_masked_execution_has_no_speed(spath_eval_command, workplace, tiny_checkpoint, brief):
+def test_masked_execution_has_no_speed(spath_eval_command, work_folder, tiny_checkpoint, brief):
     options = [option for option in brief if option != "--no-speed"]
     outcome = spath_eval_command("run", "--model", tiny_checkpoint, *options, "--execution", "masked", "--no-controls")
     (case,) = outcome.record["cases"]
@@ -493,7 +493,7 @@ def test_the_built_in_domains_pass_the_overlap_gate(run):
 # From Python
 
 
-def test_a_run_can_be_started_from_python(workplace, tiny_checkpoint, short_text):
+def test_a_run_can_be_started_from_python(work_folder, tiny_checkpoint, short_text):
     record = spath_eval.run(
         models=(str(tiny_checkpoint),),
         domains=("math",),
@@ -503,9 +503,9 @@ def test_a_run_can_be_started_from_python(workplace, tiny_checkpoint, short_text
         profile_tokens=600,
         preservation_tokens=300,
         speed=False,
-        output=workplace / "record.json",
+        output=work_folder / "record.json",
     )
-    assert records.read(workplace / "record.json")["cases"][0]["id"] == "tiny/math/negative:pool=model@0.15"
+    assert records.read(work_folder / "record.json")["cases"][0]["id"] == "tiny/math/negative:pool=model@0.15"
     assert record["status"] == "complete"
     with pytest.raises(UsageError, match="unknown strategy 'negativ'"):
         spath_eval.run(models=(str(tiny_checkpoint),), strategies=("negativ",))

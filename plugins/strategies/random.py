@@ -25,8 +25,7 @@ class Random(Strategy):
 
         neurons, experts = {}, {}
         for path, site in context.sites.items():
-            shape = (site.width,) if site.experts is None else (site.experts, site.width)
-            neurons[path] = torch.rand(shape, generator=context.generator)
+            neurons[path] = torch.rand(site.shape, generator=context.generator)
             if site.experts is not None:
                 experts[path] = torch.rand(site.experts, generator=context.generator)
         mask = remove_lowest(neurons, context.budget.sparsity)

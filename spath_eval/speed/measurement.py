@@ -50,7 +50,7 @@ def _layer(loaded: LoadedModel, shape: ReferenceShape, sparsity: float, seed: in
         model = one_layer(shape, device=loaded.model.device, dtype=loaded.model.dtype, seed=seed)
         sites = loaded.target.architecture.sites(model)
         generator = torch.Generator().manual_seed(seed)
-        scores = {site.path: torch.rand(site.width, generator=generator) for site in sites}
+        scores = {site.path: torch.rand(site.shape, generator=generator) for site in sites}
         pathway = StaticPathway(sites, remove_lowest(scores, sparsity), "compact")
         loaded.layer_speed[key] = _timed(subject(shape), model, pathway, seed)
     return loaded.layer_speed[key]

@@ -33,7 +33,7 @@ def ids(outcome):
 
 
 def test_defaults_are_one_strategy_beside_its_control_on_all_domains(
-    spath_eval_command, workplace, tiny_checkpoint, short_text
+    spath_eval_command, work_folder, tiny_checkpoint, short_text
 ):
     domains = ("code", "factual", "language", "math")
     texts = [f"--profile-text={domain}={short_text}" for domain in domains]
@@ -57,7 +57,7 @@ def test_defaults_are_one_strategy_beside_its_control_on_all_domains(
     assert record["command"]["given"][:2] == ["--model", str(tiny_checkpoint)]
 
 
-def test_the_record_lands_below_results_with_its_samples_beside_it(run, workplace):
+def test_the_record_lands_below_results_with_its_samples_beside_it(run, work_folder):
     outcome = run()
     (path,) = Path("results/runs").glob("*.json")
     assert outcome.record_path == path
@@ -67,15 +67,15 @@ def test_the_record_lands_below_results_with_its_samples_beside_it(run, workplac
         samples = path.parent / entry["samples"]["path"]
         assert samples == path.with_suffix(".samples.jsonl")
         assert hashlib.sha256(samples.read_bytes()).hexdigest() == entry["samples"]["sha256"]
-    assert sorted(file.name for file in workplace.iterdir()) == ["results"]
+    assert sorted(file.name for file in work_folder.iterdir()) == ["results"]
 
 
-def test_output_names_the_record(run, workplace):
+def test_output_names_the_record(run, work_folder):
     outcome = run("-o", "new/folder/record.json")
     assert outcome.record_path == Path("new/folder/record.json")
-    files = sorted(file.name for file in (workplace / "new/folder").iterdir())
+    files = sorted(file.name for file in (work_folder / "new/folder").iterdir())
     assert files == ["record.json", "record.samples.jsonl"]
-    assert not (workplace / "results").exists()
+    assert not (work_folder / "results").exists()
 
 
 def test_stdout_is_the_report_of_the_record_and_stderr_the_talk(run):
@@ -89,10 +89,10 @@ def test_stdout_is_the_report_of_the_record_and_stderr_the_talk(run):
     assert lines[7:] == [f"record: {outcome.record_path}", "4 passed"]
 
 
-def test_a_pipe_gets_nothing_but_those_lines(workplace, tiny_checkpoint, brief):
+def test_a_pipe_gets_nothing_but_those_lines(work_folder, tiny_checkpoint, brief):
     command = [sys.executable, "-m", "spath_eval", "run", "--model", str(tiny_checkpoint), *brief]
     done = subprocess.run([*command, "-o", "record.json"], capture_output=True, text=True, check=True)
-    record = json.loads((workplace / "record.json").read_text(encoding="utf-8"))
+    record = json.loads((work_folder / "record.json").read_text(encoding="utf-8"))
     assert done.stdout.rstrip("\n") == ConsoleReport().render(record).rstrip("\n")
     assert len(done.stderr.splitlines()) == 3 + 2 + 2, done.stderr
 
@@ -108,7 +108,7 @@ def test_a_control_that_is_asked_for_comes_once(run):
     ]
 
 
-def test_collect_only_lists_ids_and_loads_no_model(run, loads, workplace):
+def test_collect_only_lists_ids_and_loads_no_model(run, loads, work_folder):
     outcome = run("--collect-only", "--sparsity", "0.1,0.2", "--domain", "code,math", "-k", "not (code and random)")
     assert outcome.status == 0
     assert outcome.out.splitlines() == [
@@ -121,7 +121,7 @@ def test_collect_only_lists_ids_and_loads_no_model(run, loads, workplace):
     ]
     assert outcome.err == ""
     assert loads == []
-    assert list(workplace.iterdir()) == []
+    assert list(work_folder.iterdir()) == []
 
 
 def test_keywords_select_the_cases_that_run(run):
@@ -130,11 +130,11 @@ def test_keywords_select_the_cases_that_run(run):
 
 
 @pytest.mark.parametrize("more", [[], ["--collect-only"]])
-def test_no_cases_selected_is_status_5_without_a_record(run, loads, workplace, more):
+def test_no_cases_selected_is_status_5_without_a_record(run, loads, work_folder, more):
     outcome = run("-k", "nothing", *more)
     assert (outcome.status, outcome.out, outcome.err) == (5, "", "no cases selected\n")
     assert loads == []
-    assert list(workplace.iterdir()) == []
+    assert list(work_folder.iterdir()) == []
 
 
 def test_small_token_budgets_are_enough(run):
@@ -207,13 +207,13 @@ def refused(outcome, *words):
 
 
 @pytest.fixture
-def out(workplace):
+def out(work_folder):
     """A folder for output, in which nothing may be left."""
-    folder = workplace / "out"
+    folder = work_folder / "out"
     folder.mkdir()
     yield folder
     assert list(folder.iterdir()) == []
-    assert list(workplace.iterdir()) == [folder]
+    assert list(work_folder.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize(
@@ -346,14 +346,14 @@ def test_a_folder_without_text_is_refused(run, out, tmp_path):
     refused(run("-o", out / "record.json", "--profile-text", f"math={folder}"), str(folder), "holds no text")
 
 
-def test_unwritable_output_is_refused_before_anything_is_loaded(run, loads, workplace):
-    (workplace / "file").write_text("mine", encoding="utf-8")
-    (workplace / "folder").mkdir()
+def test_unwritable_output_is_refused_before_anything_is_loaded(run, loads, work_folder):
+    (work_folder / "file").write_text("mine", encoding="utf-8")
+    (work_folder / "folder").mkdir()
     for output in ("file/record.json", "folder", ".", ""):
         refused(run("-o", output), "cannot write")
     assert loads == []
-    assert (workplace / "file").read_text(encoding="utf-8") == "mine"
-    assert sorted(file.name for file in workplace.rglob("*")) == ["file", "folder"]
+    assert (work_folder / "file").read_text(encoding="utf-8") == "mine"
+    assert sorted(file.name for file in work_folder.rglob("*")) == ["file", "folder"]
 
 
 SITELESS = """

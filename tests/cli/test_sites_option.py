@@ -62,7 +62,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def run_with(spath_eval_command, workplace, checkpoint, brief):
+def run_with(spath_eval_command, work_folder, checkpoint, brief):
     """Calls `spath-eval run --sites`: `run_with(model_type, pattern, ...)`."""
     return lambda model_type, pattern, *arguments: spath_eval_command(
         "run", "--model", checkpoint(model_type), "--sites", pattern, *brief, *arguments
@@ -95,12 +95,12 @@ def test_a_model_of_no_known_family_passes_every_gate(run_with, model_type):
         assert case["gates"]["parity"]["ok"]
 
 
-def test_such_a_model_is_refused_without_the_option_and_told_of_it(spath_eval_command, workplace, checkpoint, brief):
+def test_such_a_model_is_refused_without_the_option_and_told_of_it(spath_eval_command, work_folder, checkpoint, brief):
     outcome = spath_eval_command("run", "--model", checkpoint("stablelm"), *brief)
     refused(outcome, "no architecture claims model type 'stablelm'", "--sites")
 
 
-def test_a_guess_selects_the_neurons_that_the_declaration_selects(run, workplace):
+def test_a_guess_selects_the_neurons_that_the_declaration_selects(run, work_folder):
     declared = run("--no-controls", "-o", "declared.json").record
     guessed = run("--no-controls", "-o", "guessed.json", "--sites", GATED).record
     assert (declared["models"][0]["arch"], guessed["models"][0]["arch"]) == ("gemma", "unverified")
@@ -108,14 +108,14 @@ def test_a_guess_selects_the_neurons_that_the_declaration_selects(run, workplace
     assert declared["cases"][0]["mask"]["digest"] == guessed["cases"][0]["mask"]["digest"]
 
 
-def test_profiles_and_masks_can_be_made_by_it(spath_eval_command, workplace, checkpoint, brief):
+def test_profiles_and_masks_can_be_made_by_it(spath_eval_command, work_folder, checkpoint, brief):
     options = ["--model", checkpoint("glm"), "--sites", GATED, *brief[: brief.index("--preservation-tokens")]]
     options = [option for option in options if option not in ("--limit", "4")]
     for command in ("profile", "mask"):
         outcome = spath_eval_command(command, *options, "-o", command)
         assert outcome.status == 0, outcome.err
         assert outcome.err.count("unverified") == 1
-    assert list(Mask.load(workplace / "mask").keep) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert list(Mask.load(work_folder / "mask").keep) == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
 def test_a_narrower_pattern_profiles_anew(run_with):
@@ -167,5 +167,5 @@ def test_the_option_and_a_family_exclude_each_other(run_with):
     refused(run_with("stablelm", GATED, "--arch", "gemma"), "--sites", "--arch")
 
 
-def test_without_a_model_there_is_nothing_to_guess(spath_eval_command, workplace):
+def test_without_a_model_there_is_nothing_to_guess(spath_eval_command, work_folder):
     refused(spath_eval_command("run", "--sites", GATED), "name a model with --model")

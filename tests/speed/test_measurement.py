@@ -28,7 +28,7 @@ SHAPE = ReferenceShape(
 
 
 @pytest.fixture
-def run(spath_eval_command, workplace, tiny_checkpoint, brief, monkeypatch):
+def run(spath_eval_command, work_folder, tiny_checkpoint, brief, monkeypatch):
     """Calls `spath-eval run` with speed, of as little work as there can be, on a family with a tiny reference shape."""
     from spath_eval.plugins.architectures import gemma
 
