@@ -579,10 +579,12 @@ def run_case(case: Case, session: Session) -> dict[str, Any]:
 
 
 def make_pathway(loaded: LoadedModel, case: Case, context: Context) -> Pathway:
-    """The pathway of a case's strategy. Raises `UsageError` where the selected mask does not fit the model."""
+    """The pathway of a case's strategy. Raises `UsageError` where the strategy or its mask does not fit the model."""
     if case.strategy.kind == "token":
         return TokenPathway(loaded.sites, case.strategy, context)
     if case.strategy.kind == "prompt":
+        if any(site.experts for site in loaded.sites):
+            raise UsageError("a prompt strategy is shown activations by token, which routed experts do not have")
         return PromptPathway(loaded.sites, case.strategy, context)
     return StaticPathway(loaded.sites, loaded.select(case, context), case.execution)
 
