@@ -20,6 +20,17 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 MATHEMATICS = SHARED / "data" / "corpora" / "math"
 
 
+@pytest.fixture(autouse=True)
+def all_cores():
+    """Unlike the tiny models, these gain from more than one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def real_models(tmp_path_factory):
     if folder := os.environ.get("SPATH_REAL_MODELS"):
@@ -41,7 +52,7 @@ def text(tmp_path_factory):
 
 def run(model, text, output, *more):
     arguments = ["--domain", "math", "--profile-text", f"math={text}", "--limit", "4", "--batch-size", "8"]
-    small = ["--profile-tokens", "1500", "--preservation-tokens", "600", "--no-speed", "-o", str(output)]
+    small = ["--profile-tokens", "1000", "--preservation-tokens", "400", "--no-speed", "-o", str(output)]
     assert main(["run", "--model", str(model), "--strategy", "negative", *arguments, *small, *more]) == 0
     return json.loads(output.read_text())
 
