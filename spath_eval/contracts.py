@@ -6,7 +6,7 @@ lead to (sites, profiles, masks) lives in the modules named in the annotations a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -193,4 +193,3 @@ class LoadRequest:
 Register = Callable[[Any], None]
 """What the registering hooks are handed: call it once per object."""
 Write = Callable[[str], None]
-Names = Iterable[str]
