@@ -28,6 +28,7 @@ _LAZY = {
     "remove_lowest": "spath_eval.masks",
     "Profile": "spath_eval.profiling",
     "Site": "spath_eval.sites",
+    "SpathLM": "spath_eval.quality.scorer",
     "run": "spath_eval.session",
 }
 """Public names whose modules import torch, loaded at first use."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,3 +105,61 @@ def parse_sparsities(text: str) -> tuple[float, ...]:
             )
         values.append(value)
     return tuple(dict.fromkeys(values))
+
+
+def parse_tasks(text: str, domains: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The tasks of each domain: `gsm8k,arc_easy` names those of all `domains`, `math=gsm8k,code=humaneval+mbpp` those
+    of each domain, and a domain that is not named there has no entry.
+
+    Raises `UsageError` for a mixture of the two, an unknown domain and an empty name.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"--tasks {text!r}: a name is empty; expected e.g. gsm8k,arc_easy or math=gsm8k")
+    by_domain = ["=" in part for part in parts]
+    if not any(by_domain):
+        return {domain: tuple(dict.fromkeys(parts)) for domain in domains}
+    if not all(by_domain):
+        plain = parts[by_domain.index(False)]
+        raise UsageError(f"--tasks {text!r}: {plain} has no domain while others have; several of one are math=a+b")
+    tasks: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        domain, _, joined = part.partition("=")
+        names = [name.strip() for name in joined.split("+")]
+        domain = domain.strip()
+        if domain not in domains:
+            raise UsageError(f"--tasks {text!r}: unknown domain {domain!r}; chosen are {', '.join(domains)}")
+        if domain in tasks:
+            raise UsageError(f"--tasks {text!r}: domain {domain} comes twice; several tasks of one are {domain}=a+b")
+        if not all(names):
+            raise UsageError(f"--tasks {text!r}: a task of domain {domain} is empty; expected e.g. {domain}=a+b")
+        tasks[domain] = tuple(dict.fromkeys(names))
+    return tasks
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many documents are evaluated."""
+
+    default: int | None = None
+    """Of a task without a limit of its own; none stands for all of them."""
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    """By the name of a task, or of a group: `mmlu` is for `mmlu_anatomy` too."""
+
+    def of(self, task: str) -> int | None:
+        """The limit of a task: its own, else that of the longest name that it continues with `_`, else the default."""
+        names = [name for name in self.tasks if task == name or task.startswith(f"{name}_")]
+        return self.tasks[max(names, key=len)] if names else self.default
+
+
+def parse_limits(text: str) -> Limits:
+    """`50`, `50,mmlu=5` or `mmlu=5`. Raises `UsageError` for what is no number of at least 1, or comes twice."""
+    limits: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.rpartition("="))
+        if not (number.isascii() and number.isdecimal() and int(number) >= 1) or bool(name) != bool(equals):
+            raise UsageError(f"--limit {part.strip()!r}: expected a number of documents of at least 1, or TASK=N")
+        if name in limits:
+            raise UsageError(f"--limit {text!r}: {f'the limit of {name}' if name else 'the limit of all'} comes twice")
+        limits[name] = int(number)
+    return Limits(limits.pop("", None), limits)

@@ -98,6 +98,8 @@ class Domain:
     provenance: str = ""
     """Where texts and items come from."""
     licence: str = ""
+    benchmarks: tuple[str, ...] = ()
+    """Names of public lm-eval benchmarks, evaluated instead of `tasks` where their data is at hand."""
 
 
 @dataclass(frozen=True)

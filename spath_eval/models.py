@@ -7,6 +7,7 @@ model becomes a `UsageError` of one line.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     with ThreadPoolExecutor(2) as pool:
         parts = b"".join(pool.map(digest, tensors))
     return hashlib.sha256(_without_paths(configuration).encode() + parts).hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides a text's tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = [type(tokenizer).__name__, bos_token_id(tokenizer), tokenizer.eos_token_id, tokenizer.all_special_tokens]
+    return hashlib.sha256((json.dumps(special) + rules).encode()).hexdigest()
 
 
 def output_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spath_eval import records
-from spath_eval.collection import Case, collect, keyword_filter
+from spath_eval.collection import Case, Limits, collect, keyword_filter
 from spath_eval.contracts import Architecture, Budget, Context, Domain, LoadRequest, Strategy, UsageError
 from spath_eval.masks import Mask
 from spath_eval.models import (
@@ -31,6 +31,7 @@ from spath_eval.models import (
     read_config,
     resolve_device,
     resolve_dtype,
+    tokenizer_digest,
 )
 from spath_eval.pathways import (
     Execution,
@@ -53,9 +54,9 @@ from spath_eval.quality.adapter import (
     chance,
     evaluate,
     item_texts,
-    load_tasks,
     task_record,
 )
+from spath_eval.quality.benchmarks import load_tasks
 from spath_eval.quality.preservation import Preservation
 from spath_eval.registry import Registry
 from spath_eval.sites import Site
@@ -90,7 +91,17 @@ class Options:
     mask: Path | None = None
     execution: Execution = "compact"
     speed: bool = True
-    limit: int | None = None
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The lm-eval tasks of domains, in the place of their own."""
+    include_path: tuple[Path, ...] = ()
+    """Folders with task files of the user's."""
+    data_dir: Path | None = None
+    """Folder with the rows of lm-eval's own tasks."""
+    hub: bool = False
+    """Whether the domains' public benchmarks are evaluated with rows from the hub."""
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    limit: int | Limits | None = None
     seed: int = 0
     keyword: str | None = None
     exitfirst: bool = False
@@ -141,6 +152,7 @@ class Session:
         if unknown := [name for name in options.profile_text if name not in registry.domains]:
             registry.domain(unknown[0])
         self.corpora: dict[str, Corpus] = {name: read_corpus(path) for name, path in options.profile_text.items()}
+        self.limits = options.limit if isinstance(options.limit, Limits) else Limits(options.limit)
         self.cases = self._collect()
         self.tasks: dict[str, dict[str, ConfigurableTask]] = {}
         """The lm-eval tasks of each domain, once the run has begun."""
@@ -168,8 +180,8 @@ class Session:
         an output that is not to be had.
         """
         records.check_writable(self.output)
-        for domain in self.domains:
-            self.tasks[domain.name] = load_tasks(domain.tasks, domain.task_paths)
+        for domain in {case.domain.name: case.domain for case in self.cases}.values():
+            self.tasks[domain.name] = self._load_tasks(domain)
         try:
             for target in self.targets:
                 cases = [case for case in self.cases if case.model == target.name]
@@ -191,6 +203,19 @@ class Session:
         request = LoadRequest(target.reference, options.revision, target.architecture, self.device, self.dtype)
         model, tokenizer = self.registry.hook.spath_load_model(request=request)
         return LoadedModel(target, model, tokenizer, self)
+
+    def _load_tasks(self, domain: Domain) -> dict[str, ConfigurableTask]:
+        """The tasks on which a domain is evaluated: those asked for, else public benchmarks where their rows are at
+        hand, else its own."""
+        options = self.options
+        public = domain.benchmarks if (options.data_dir or options.hub) and not options.tasks else ()
+        return load_tasks(
+            options.tasks.get(domain.name) or public or domain.tasks,
+            [*options.include_path, *domain.task_paths],
+            data_dir=options.data_dir,
+            num_fewshot=options.num_fewshot,
+            limits=self.limits,
+        )
 
     @property
     def exit_status(self) -> int:
@@ -359,6 +384,8 @@ class LoadedModel:
         self.sites: list[Site] = target.architecture.sites(model)
         self.fingerprint = fingerprint(model)
         self.lm = PathwayLM(model, tokenizer, session.options.batch_size)
+        if session.options.apply_chat_template and not tokenizer.chat_template:
+            raise UsageError(f"{target.reference}: --apply-chat-template was given, but its tokenizer has no template")
         self._corpora: dict[str, Corpus] = {}
         self._passages: dict[str, set[str]] = {}
         self._domain_profiles: dict[str, DomainProfile] = {}
@@ -422,12 +449,24 @@ class LoadedModel:
         }
         return Mask(mask.keep, provenance, mask.experts)
 
+    def evaluate(self, domain: Domain) -> Evaluation:
+        """The scores on the domain's tasks of the model as it now is."""
+        session = self.session
+        return evaluate(
+            self.lm,
+            session.tasks[domain.name],
+            session.limits,
+            session.options.seed,
+            session.options.apply_chat_template,
+        )
+
     def dense(self, domain: Domain) -> Evaluation:
-        """The dense model's scores on the domain."""
-        if domain.name not in self._dense:
-            options = self.session.options
+        """The dense model's scores on the domain, in forwards of the size that the last arm needed."""
+        known = self._dense.get(domain.name)
+        if known is None or known.token_budget != self.lm.token_budget:
             self.lm.truncated = 0
-            self._dense[domain.name] = evaluate(self.lm, self.session.tasks[domain.name], options.limit, options.seed)
+            with self.lm.remembering(self.fingerprint):
+                self._dense[domain.name] = self.evaluate(domain)
             self._truncated[domain.name] = self.lm.truncated
             if self.lm.truncated:
                 log.warning(
@@ -520,7 +559,8 @@ class LoadedModel:
         tasks, dense = [], []
         for domain, evaluation in self._dense.items():
             for task in self.session.tasks[domain].values():
-                tasks += task_record(task, evaluation, options.limit, options.batch_size)
+                limit = self.session.limits.of(task.task_name)
+                tasks += task_record(task, evaluation, limit, options.batch_size)
             quality = [
                 {"task": s.task, "metric": s.metric, "filter": s.filter, **_score(s)}
                 for s in evaluation.scores.values()
@@ -547,7 +587,12 @@ class LoadedModel:
                 self.model,
                 domain.name,
                 corpus,
-                settings | {"statistics": list(names), "sites": [site.path for site in self.sites]},
+                settings
+                | {
+                    "statistics": list(names),
+                    "sites": [site.path for site in self.sites],
+                    "tokenizer": tokenizer_digest(self.tokenizer),
+                },
                 lambda: profile_domain(self.model, self.tokenizer, self.sites, domain.name, corpus, names, **settings),
             )
         return self._domain_profiles[domain.name]
@@ -565,11 +610,11 @@ def run_case(case: Case, session: Session) -> dict[str, Any]:
     gates: dict[str, Any] = {"parity": None, "parity_reason": f"{pathway.execution} execution has nothing to compare"}
     if isinstance(pathway, StaticPathway) and pathway.execution == "compact":
         gates = {"parity": check_parity(loaded.model, pathway, loaded.probe(case.domain))}
-    dense = loaded.dense(case.domain)
     sparse, exercised = score_sparse(loaded, case, pathway)
+    dense = loaded.dense(case.domain)
     result: dict[str, Any] = {
         "gates": gates | {"exercised": exercised | dataclasses.asdict(neutrality), "disjoint": disjoint},
-        "quality": compare_quality(loaded, case, dense, sparse, options),
+        "quality": compare_quality(loaded, case, dense, sparse),
         "_samples": sparse.samples,
     }
     result |= describe_mask(loaded, case, pathway, context)
@@ -591,13 +636,12 @@ def make_pathway(loaded: LoadedModel, case: Case, context: Context) -> Pathway:
 
 def score_sparse(loaded: LoadedModel, case: Case, pathway: Pathway) -> tuple[Evaluation, dict[str, Any]]:
     """The pathway's scores on the very requests of the dense arm, watched; and what the exercise gate saw."""
-    options = loaded.session.options
     exercise = Exercise(loaded.model, pathway)
     loaded.lm.exercise = exercise
     loaded.lm.prompt_pathway = pathway if isinstance(pathway, PromptPathway) else None
     try:
         with pathway.applied(), exercise.watching():
-            sparse = evaluate(loaded.lm, loaded.session.tasks[case.domain.name], options.limit, options.seed)
+            sparse = loaded.evaluate(case.domain)
             if isinstance(pathway, PromptPathway):
                 pathway.begin()
             _generate_a_little(loaded, case)
@@ -607,14 +651,14 @@ def score_sparse(loaded: LoadedModel, case: Case, pathway: Pathway) -> tuple[Eva
     return sparse, exercise.check(["prefill", "decode"] + ["scoring"] * scored)
 
 
-def compare_quality(
-    loaded: LoadedModel, case: Case, dense: Evaluation, sparse: Evaluation, options: Options
-) -> list[dict[str, Any]]:
+def compare_quality(loaded: LoadedModel, case: Case, dense: Evaluation, sparse: Evaluation) -> list[dict[str, Any]]:
     """The record's `quality`: per task, metric and filter, both arms and their paired difference."""
+    session = loaded.session
     entries = []
     for key, before in dense.scores.items():
         after = sparse.scores[key]
-        level, level_reason = chance(loaded.session.tasks[case.domain.name][before.task], before.metric, options.limit)
+        task = session.tasks[case.domain.name][before.task]
+        level, level_reason = chance(task, before.metric, session.limits.of(before.task))
         entry: dict[str, Any] = {
             "task": before.task,
             "metric": before.metric,
@@ -627,8 +671,25 @@ def compare_quality(
         }
         if level_reason:
             entry["chance_reason"] = level_reason
-        entries.append(entry | _paired(before, after, level, level_reason, options.seed))
-    return entries
+        entries.append(entry | _paired(before, after, level, level_reason, session.options.seed))
+    return entries + [_unmeasured(task, reason, dense) for task, reason in dense.unscored.items()]
+
+
+def _unmeasured(task: str, reason: str, dense: Evaluation) -> dict[str, Any]:
+    """The record's `quality` of a task whose texts were generated and not scored."""
+    nothing = {"value": None, "reason": f"not measured: {reason}"}
+    return {
+        "task": task,
+        "metric": "pass@1",
+        "filter": "none",
+        "higher_is_better": True,
+        "documents": len({row["doc_id"] for row in dense.samples if row["task"] == task}),
+        "chance": 0.0,
+        "dense": nothing,
+        "sparse": nothing,
+        "difference": nothing | {"ci95": None, "p_value": None, "lost": None, "gained": None},
+        "retention": nothing | {"ci95": None},
+    }
 
 
 def _paired(before: Scores, after: Scores, level: float | None, level_reason: str | None, seed: int) -> dict[str, Any]:

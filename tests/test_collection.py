@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from spath_eval import Domain, UsageError
-from spath_eval.collection import Case, collect, keyword_filter, parse_sparsities
+from spath_eval.collection import (
+    Case,
+    Limits,
+    collect,
+    keyword_filter,
+    parse_limits,
+    parse_sparsities,
+    parse_tasks,
+)
 from spath_eval.plugins.strategies.negative import Negative
 from spath_eval.plugins.strategies.random import Random
 from spath_eval.session import GivenMask
@@ -143,3 +152,67 @@ def test_sparsities_keep_their_order_and_come_once():
 def test_what_is_no_share_of_neurons_is_refused(text):
     with pytest.raises(UsageError, match="the share of neurons to remove"):
         parse_sparsities(text)
+
+
+DOMAINS = ("math", "code", "factual")
+
+
+@pytest.mark.parametrize(
+    ("text", "tasks"),
+    [
+        ("gsm8k", dict.fromkeys(DOMAINS, ("gsm8k",))),
+        ("gsm8k, arc_easy,gsm8k", dict.fromkeys(DOMAINS, ("gsm8k", "arc_easy"))),
+        ("math=gsm8k", {"math": ("gsm8k",)}),
+        ("code=humaneval+mbpp, math = gsm8k", {"code": ("humaneval", "mbpp"), "math": ("gsm8k",)}),
+        ("math=a + b+a", {"math": ("a", "b")}),
+    ],
+)
+def test_tasks_are_for_every_domain_or_for_those_named(text, tasks):
+    assert parse_tasks(text, DOMAINS) == tasks
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a name is empty"),
+        ("gsm8k,", "a name is empty"),
+        ("math=gsm8k,,code=mbpp", "a name is empty"),
+        ("math=gsm8k,mbpp", "mbpp has no domain while others have"),
+        ("arc_easy,math=gsm8k", "arc_easy has no domain while others have"),
+        ("maths=gsm8k", "unknown domain 'maths'; chosen are math, code, factual"),
+        ("=gsm8k", "unknown domain ''"),
+        ("math=", "a task of domain math is empty"),
+        ("math=a++b", "a task of domain math is empty"),
+        ("math=a,math=b", "domain math comes twice"),
+    ],
+)
+def test_tasks_that_are_not_clear_are_refused(text, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        parse_tasks(text, DOMAINS)
+
+
+def test_a_limit_is_for_all_tasks_or_for_a_task_or_group():
+    assert parse_limits("50") == Limits(50, {})
+    assert parse_limits("50, mmlu=5") == Limits(50, {"mmlu": 5})
+    limits = parse_limits("mmlu=5,mmlu_high_school=3,mmlu_virology=7,arc_easy=1")
+    assert [limits.of(name) for name in ("mmlu_virology", "mmlu_anatomy", "mmlu_high_school_physics")] == [7, 5, 3]
+    assert [limits.of(name) for name in ("arc_easy", "arc_challenge", "mmlux", "mm", "mmlu")] == [
+        1,
+        None,
+        None,
+        None,
+        5,
+    ]
+    assert parse_limits("2,mmlu=5").of("gsm8k") == 2
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "abc", "mmlu", "mmlu=", "=5", "mmlu=0", "5,", "50,mmlu=x", "²"])
+def test_what_is_no_number_of_documents_is_refused(text):
+    with pytest.raises(UsageError, match="expected a number of documents of at least 1, or TASK=N"):
+        parse_limits(text)
+
+
+@pytest.mark.parametrize(("text", "which"), [("5,6", "of all"), ("mmlu=5,3,mmlu=5", "of mmlu")])
+def test_a_limit_that_comes_twice_is_refused(text, which):
+    with pytest.raises(UsageError, match=f"the limit {which} comes twice"):
+        parse_limits(text)

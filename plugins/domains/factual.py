@@ -334,5 +334,6 @@ def spath_register_domains(register: Callable[[Domain], None]) -> None:
             task_paths=(spath_eval.tasks.FOLDER,),
             provenance="fact tables of spath_eval.plugins.domains.factual",
             licence="Apache-2.0",
+            benchmarks=("arc_easy", "arc_challenge", "mmlu", "commonsense_qa", "piqa"),
         )
     )

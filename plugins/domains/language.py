@@ -241,5 +241,6 @@ def spath_register_domains(register: Callable[[Domain], None]) -> None:
             task_paths=(spath_eval.tasks.FOLDER,),
             provenance="word lists and frames of spath_eval.plugins.domains.language",
             licence="Apache-2.0",
+            benchmarks=("lambada_openai", "wikitext"),
         )
     )

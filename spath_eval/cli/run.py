@@ -141,7 +141,28 @@ def model_options(command: Any) -> Any:
     help="compact slices the weights out; masked zeroes activations, and has no speed.",
 )
 @click.option("--no-speed", is_flag=True, help="Do not measure speed.")
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate only the first N documents of each task.")
+@click.option(
+    "--tasks",
+    metavar="TASK,...|DOMAIN=TASK+TASK,...",
+    help="lm-eval tasks to evaluate on instead of the domains' own: for every domain, or domain by domain.",
+)
+@click.option(
+    "--data-dir",
+    envvar="SPATH_DATA_DIR",
+    type=click.Path(path_type=Path),
+    help="Folder with the rows of lm-eval's tasks, TASK/SPLIT.jsonl: without --tasks, the domains' public benchmarks "
+    "are evaluated.  [env: SPATH_DATA_DIR]",
+)
+@click.option("--hub", is_flag=True, help="Evaluate the domains' public benchmarks with rows from the hub.")
+@click.option(
+    "--include-path",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A folder with task files of your own. Repeatable.",
+)
+@click.option("--limit", metavar="N,TASK=N,...", help="Evaluate only the first N documents of each task, or of one.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in the prompt, instead of the tasks' own.")
+@click.option("--apply-chat-template", is_flag=True, help="Put prompts in the tokenizer's chat template.")
 @click.option(
     "--preservation-tokens",
     default=5_000,
@@ -163,7 +184,7 @@ def command(context: click.Context, **given: Any) -> int:
 
     The table goes to stdout, all talk to stderr, the record to a JSON file.
     """
-    from spath_eval.collection import parse_sparsities
+    from spath_eval.collection import parse_limits, parse_sparsities, parse_tasks
 
     by_default = click.core.ParameterSource.DEFAULT
     for name in ("strategy", "sparsity", "expert_sparsity"):
@@ -178,14 +199,18 @@ def command(context: click.Context, **given: Any) -> int:
         if context.get_parameter_source("sparsity") is by_default:
             sparsities = (0.0,)
     texts = profile_texts(given["profile_text"])
+    domains = split_list("--domain", given["domain"])
+    tasks = parse_tasks(given["tasks"], domains or tuple(context.meta["registry"].domains)) if given["tasks"] else {}
     quiet_libraries()
     from spath_eval.session import Options, Session
 
     options = Options(
         models=given["models"],
-        domains=split_list("--domain", given["domain"]),
+        domains=domains,
         strategies=split_list("--strategy", given["strategy"]),
         sparsities=sparsities,
+        tasks=tasks,
+        limit=parse_limits(given["limit"]) if given["limit"] else None,
         expert_sparsity=expert_sparsity,
         speed=not given["no_speed"],
         profile_text=texts,
@@ -198,7 +223,11 @@ def command(context: click.Context, **given: Any) -> int:
                 "revision",
                 "mask",
                 "execution",
-                "limit",
+                "data_dir",
+                "hub",
+                "include_path",
+                "num_fewshot",
+                "apply_chat_template",
                 "seed",
                 "keyword",
                 "exitfirst",

@@ -1,34 +1,45 @@
 """lm-eval tasks on a loaded model: the same requests for every arm.
 
-Scores are lm-eval's own: its `HFLM` answers the requests and its `evaluate` applies filters and metrics. What is added
-is the phase for the exercise gate, and what prompt strategies need: the context runs dense, what follows it sparse.
-lm-eval's request cache is never used, because it does not know which model answered.
+`SpathLM` answers the requests and lm-eval's `evaluate` applies filters and metrics. What is added is the phase for the
+exercise gate, what prompt strategies need (the context runs dense, what follows it sparse), and a cache of the dense
+model's answers by its fingerprint. lm-eval's own request cache is never used, because it does not know which model
+answered.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
 import lm_eval
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spath_eval import records
+from spath_eval.collection import Limits
 from spath_eval.contracts import UsageError
+from spath_eval.models import tokenizer_digest
 from spath_eval.pathways import Exercise, PromptPathway
+from spath_eval.profiling import cache_folder
+from spath_eval.quality.benchmarks import unscored
+from spath_eval.quality.scorer import SpathLM
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
+log = logging.getLogger(__name__)
 
 ACCURACIES = {"acc", "acc_norm", "exact_match"}
 """Metrics that have a chance level."""
@@ -59,39 +70,89 @@ class Evaluation:
     scores: Mapping[tuple[str, str, str], Scores]
     samples: Sequence[Mapping[str, Any]]
     """A row per document and filter: prompt, answers, metrics."""
+    unscored: Mapping[str, str] = field(default_factory=dict)
+    """Tasks whose texts have no score, and why."""
+    token_budget: int = 0
+    """Tokens of a forward, by which the requests were packed."""
 
 
-class PathwayLM(HFLM):
-    """lm-eval's Hugging Face model around a loaded model, whichever pathway is applied to it."""
+class PathwayLM(SpathLM):
+    """The scorer around a loaded model, whichever pathway is applied to it."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            softmax_dtype=torch.float32,
-        )
+        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size)
         self._batch_size = batch_size
         self.exercise: Exercise | None = None
         """Told whether a forward scores or generates, while an arm is watched."""
         self.prompt_pathway: PromptPathway | None = None
         """Set while the pathway of a prompt strategy is applied."""
-        self.truncated = 0
-        """Requests so far that were longer than the model's input and lost tokens on their left."""
+        self._fingerprint: str | None = None
+        """Set while answers come from the cache, or go there."""
 
     @property
     def batch_size(self) -> int:
         return 1 if self.prompt_pathway else self._batch_size
 
+    @contextmanager
+    def remembering(self, fingerprint: str) -> Iterator[None]:
+        """Within the context, answers are taken from the cache where the model of that fingerprint has given them."""
+        self._fingerprint = fingerprint
+        try:
+            yield
+        finally:
+            self._fingerprint = None
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
+        answers = self._remembered("loglikelihood", requests, super().loglikelihood)
+        return [(score, greedy) for score, greedy in answers]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        return self._remembered("loglikelihood_rolling", requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        return super().generate_until(requests, disable_tqdm=True)
+        if self.prompt_pathway:
+            return HFLM.generate_until(self, requests, disable_tqdm=True)
+        return self._remembered("generate_until", requests, super().generate_until)
 
-    def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[tuple[float, bool]]:
-        self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+    def _remembered(self, kind: str, requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """What the cache holds for `requests`, else what `answer` gives, which is then cached."""
+        if self._fingerprint is None:
+            return answer(requests)
+        key = {
+            "model": self._fingerprint,
+            "tokenizer": self._tokenizer_digest,
+            "device": self.device.type,
+            "dtype": str(self.model.dtype),
+            "tokens": [self.token_budget, self._batch_size, self.max_length],
+            "requests": [kind, [request.args for request in requests]],
+            "code": _code_digest(),
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        path = cache_folder() / "answers" / f"{name}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            answers = kept["answers"]
+            self.truncated += kept["truncated"]
+            if len(answers) == len(requests):
+                return list(answers)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("answers in the cache are made again, because they cannot be read: %s", error)
+        before, budget = self.truncated, self.token_budget
+        answers = answer(requests)
+        if self.token_budget == budget:
+            try:
+                records.write({"truncated": self.truncated - before, "answers": answers}, path)
+            except (UsageError, ValueError) as error:
+                log.warning("the dense model's answers are not cached: %s", error)
+        return answers
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.tokenizer)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **settings: Any) -> list[tuple[float, bool]]:
         if self.exercise:
             self.exercise.scoring = True
         try:
@@ -101,13 +162,6 @@ class PathwayLM(HFLM):
         finally:
             if self.exercise:
                 self.exercise.scoring = False
-
-    def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **settings: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if left_truncate_len is not None:
-            self.truncated += sum(len(self.tok_encode(string)) > left_truncate_len for string in strings)
-        return super().tok_batch_encode(strings, padding_side, left_truncate_len, **settings)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         if self.prompt_pathway:
@@ -135,63 +189,86 @@ class PathwayLM(HFLM):
         return float(total), bool((logprobs.argmax(-1) == targets).all())
 
 
-def load_tasks(names: Sequence[str], folders: Iterable[Path]) -> dict[str, ConfigurableTask]:
-    """The tasks called `names`, from `folders` or lm-eval's own. Raises `UsageError` for one that is in neither, or
-    cannot be loaded."""
-    paths = sorted({str(folder) for folder in folders})
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    own = ", ".join(manager.all_subtasks) or "none"
-    if any(name not in manager.all_tasks for name in names):  # lm-eval's own are thousands of files
-        manager = TaskManager(include_path=paths)
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise UsageError(f"unknown task {unknown[0]!r}: there are {own}, and those of lm-eval")
-    try:
-        return dict(manager.load(list(names))["tasks"])
-    except Exception as error:
-        raise UsageError(f"cannot load the tasks {', '.join(names)}: {error}") from error
+def evaluate(
+    lm: PathwayLM, tasks: Mapping[str, ConfigurableTask], limits: Limits, seed: int, chat_template: bool = False
+) -> Evaluation:
+    """Score `lm` as it now is on the first documents of each task, as many as `limits` says.
 
-
-def evaluate(lm: PathwayLM, tasks: Mapping[str, ConfigurableTask], limit: int | None, seed: int) -> Evaluation:
-    """Score `lm` as it now is on the first `limit` documents of each task.
-
-    The few-shot examples depend on `seed` alone, so that every arm meets the same requests.
+    The few-shot examples depend on `seed` alone, and the requests are built once, so that every arm meets the same.
     """
-    random.seed(seed)
-    for task in tasks.values():
-        if task.config.num_fewshot is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed)
-    with torch.inference_mode():  # bootstrapping would fork, and print to stdout
-        results = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=0, log_samples=True)
-    assert results is not None
-    scores = {}
+    scores: dict[tuple[str, str, str], Scores] = {}
     samples: list[Mapping[str, Any]] = []
-    for name in tasks:
-        rows = results["samples"][name]
-        samples += [{"task": name, **row} for row in rows]
-        for key, value in results["results"][name].items():
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr"):
-                continue
-            per_document = {
-                f"{row['doc_id']}:{row['doc_hash']}:{row['prompt_hash']}": row[metric]
-                for row in rows
-                if row["filter"] == filter_name and metric in row
-            }
-            if not _is_mean(value, per_document.values()):
-                per_document = {}
-            better = bool(results["higher_is_better"][name].get(metric, True))
-            one = Scores(
-                name,
-                metric,
-                filter_name,
-                better,
-                float(value),
-                stdev(per_document.values()) / len(per_document) ** 0.5 if len(per_document) > 1 else None,
-                {key: float(score) for key, score in per_document.items()},
+    by_limit: dict[int | None, dict[str, ConfigurableTask]] = {}
+    for name, task in tasks.items():
+        by_limit.setdefault(limits.of(name), {})[name] = task
+    random.seed(seed)
+    for limit, group in by_limit.items():
+        for task in group.values():
+            if task.config.num_fewshot is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed)
+            built = vars(task).setdefault("_built", {})
+            task.build_all_requests = partial(_build_or_reuse, task, seed, built)
+        with torch.inference_mode():  # bootstrapping would fork, and print to stdout
+            results = lm_eval.evaluate(
+                lm,
+                {"tasks": dict(group)},
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+                confirm_run_unsafe_code=True,  # `load_tasks` took out what would execute it
             )
-            scores[one.key] = one
-    return Evaluation(scores, samples)
+        assert results is not None
+        for name in group:
+            samples += [{"task": name, **row} for row in results["samples"][name]]
+            for one in _scores(name, results):
+                scores[one.key] = one
+    reasons = {name: reason for name, task in tasks.items() if (reason := unscored(task))}
+    return Evaluation(scores, samples, reasons, lm.token_budget)
+
+
+def _scores(name: str, results: Any) -> Iterator[Scores]:
+    """What lm-eval found for the task `name`, metric by metric."""
+    for key, value in results["results"][name].items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr"):
+            continue
+        per_document = {
+            f"{row['doc_id']}:{row['doc_hash']}:{row['prompt_hash']}": row[metric]
+            for row in results["samples"][name]
+            if row["filter"] == filter_name and metric in row
+        }
+        if not _is_mean(value, per_document.values()):
+            per_document = {}
+        yield Scores(
+            name,
+            metric,
+            filter_name,
+            bool(results["higher_is_better"][name].get(metric, True)),
+            float(value),
+            stdev(per_document.values()) / len(per_document) ** 0.5 if len(per_document) > 1 else None,
+            {key: float(score) for key, score in per_document.items()},
+        )
+
+
+def _build_or_reuse(task: Any, seed: int, built: dict[tuple[Any, ...], list[Instance]], **settings: Any) -> None:
+    """lm-eval's `build_all_requests`, but for what was built before: that is used again, without its answers."""
+    key = (seed, settings["limit"], settings["tokenizer_name"])
+    if key not in built:
+        type(task).build_all_requests(task, **settings)
+        built[key] = task._instances
+    for instance in built[key]:
+        instance.resps, instance.filtered_resps = [], {}
+    task._instances = built[key]
+
+
+def _code_digest() -> str:
+    """What else decides answers: the versions of the libraries, and this package's scoring code."""
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "lm-eval")]
+    code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("scorer", "packing", "generation")]
+    return hashlib.sha256(b"".join([json.dumps(versions).encode(), *code])).hexdigest()
 
 
 def _is_mean(value: float, scores: Collection[Any]) -> bool:
@@ -217,7 +294,7 @@ def chance(task: ConfigurableTask, metric: str, limit: int | None) -> tuple[floa
 def task_record(
     task: ConfigurableTask, evaluation: Evaluation, limit: int | None, batch_size: int
 ) -> list[dict[str, Any]]:
-    """The task's entries in the record, one per metric and filter."""
+    """The task's entries in the record, one per metric and filter; none where nothing was measured."""
     rows = [row for row in evaluation.samples if row["task"] == task.task_name]
     identity = [(row["doc_hash"], row["prompt_hash"], row["target_hash"]) for row in rows]
     entries = []

@@ -148,7 +148,7 @@ def _quality(cases: Sequence[Mapping[str, Any]], note: Note) -> _Table:
                     _estimate(difference, note, "+.3f"),
                     _p_value(difference.get("p_value")),
                     _estimate(entry.get("retention", {}), note, ".2f"),
-                    f"{difference.get('lost', '-')}/{difference.get('gained', '-')}",
+                    "-" if difference.get("lost") is None else f"{difference['lost']}/{difference['gained']}",
                 )
             )
         groups.append(_Group(_heading(case), rows, "" if case["outcome"] == "passed" else case["outcome"]))

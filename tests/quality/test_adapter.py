@@ -8,8 +8,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from spath_eval import UsageError
-from spath_eval.quality import adapter
-from spath_eval.quality.adapter import PathwayLM, chance, evaluate, item_texts, load_tasks, task_record
+from spath_eval.collection import Limits
+from spath_eval.quality.adapter import PathwayLM, chance, evaluate, item_texts, task_record
+from spath_eval.quality.benchmarks import load_tasks
 from spath_eval.tasks import FOLDER
 
 TASKS = ("spath_math_choice", "spath_math_generate")
@@ -24,7 +25,7 @@ def loaded(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def evaluation(loaded):
-    return evaluate(PathwayLM(*loaded, batch_size=4), load_tasks(TASKS, [FOLDER]), limit=6, seed=0)
+    return evaluate(PathwayLM(*loaded, batch_size=4), load_tasks(TASKS, [FOLDER]), Limits(6), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,15 @@ def test_answers_are_those_of_plain_lm_eval(evaluation, plain):
         rows = [row for row in evaluation.samples if row["task"] == task]
         assert len(rows) == 6
         for row, stock in zip(rows, plain["samples"][task], strict=True):
-            for key in ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filtered_resps"):
+            for key in ("doc_id", "doc_hash", "prompt_hash", "target_hash"):
                 assert row[key] == stock[key]
+            for answer, expected in zip(row["filtered_resps"], stock["filtered_resps"], strict=True):
+                assert answer == (pytest.approx(expected, abs=1e-4) if isinstance(expected, tuple) else expected)
 
 
 def test_accuracy_does_not_depend_on_the_batch(loaded, evaluation):
     for batch_size in (1, 5):
-        again = evaluate(PathwayLM(*loaded, batch_size=batch_size), load_tasks(TASKS, [FOLDER]), limit=6, seed=0)
+        again = evaluate(PathwayLM(*loaded, batch_size=batch_size), load_tasks(TASKS, [FOLDER]), Limits(6), seed=0)
         assert {key: score.per_document for key, score in again.scores.items()} == {
             key: score.per_document for key, score in evaluation.scores.items()
         }
@@ -72,25 +75,8 @@ def test_accuracy_does_not_depend_on_the_batch(loaded, evaluation):
 def test_evaluating_twice_gives_the_same_requests_and_scores(loaded, evaluation):
     lm, tasks = PathwayLM(*loaded, batch_size=4), load_tasks(TASKS, [FOLDER])
     for _ in range(2):
-        again = evaluate(lm, tasks, limit=6, seed=0)
+        again = evaluate(lm, tasks, Limits(6), seed=0)
         assert again.scores == evaluation.scores
-
-
-@pytest.fixture
-def lm_evals_own(folder, monkeypatch):
-    """Lets the toy tasks be lm-eval's own ones, of which there are so many that reading them takes 10 seconds."""
-
-    def manager(include_path, include_defaults=True):
-        folders = [*include_path, str(folder)] if include_defaults else include_path
-        return TaskManager(include_path=folders, include_defaults=False)
-
-    monkeypatch.setattr(adapter, "TaskManager", manager)
-
-
-@pytest.mark.usefixtures("lm_evals_own")
-def test_no_task_stays_unknown_and_the_known_ones_are_listed():
-    with pytest.raises(UsageError, match=r"unknown task 'spath_math_choise'.*spath_math_choice"):
-        load_tasks(["spath_math_choice", "spath_math_choise"], [FOLDER])
 
 
 # A task of its own: other numbers of choices, a perplexity, few-shot examples
@@ -160,7 +146,7 @@ def test_chance_is_the_mean_of_one_over_the_number_of_choices(folder):
 def test_a_perplexity_has_no_chance_level_but_a_value(loaded, folder):
     tasks = load_tasks(["toy_perplexity"], [folder])
     assert chance(tasks["toy_perplexity"], "perplexity", None) == (None, "perplexity has no chance level")
-    found = evaluate(PathwayLM(*loaded, batch_size=4), tasks, limit=None, seed=0)
+    found = evaluate(PathwayLM(*loaded, batch_size=4), tasks, Limits(), seed=0)
     score = found.scores["toy_perplexity", "perplexity", "none"]
     assert score.value > 1
     assert not score.higher_is_better
@@ -175,7 +161,7 @@ def test_few_shot_examples_depend_on_the_seed_alone(loaded, folder, seed):
     lm = PathwayLM(*loaded, batch_size=4)
     prompts = []
     for given in (seed, seed, seed + 1):
-        found = evaluate(lm, load_tasks(["toy_choice"], [folder]), limit=4, seed=given)
+        found = evaluate(lm, load_tasks(["toy_choice"], [folder]), Limits(4), seed=given)
         prompts.append([row["prompt_hash"] for row in found.samples])
     assert prompts[0] == prompts[1]
     assert prompts[0] != prompts[2]
@@ -185,12 +171,6 @@ def test_a_task_that_cannot_be_loaded_says_why(tmp_path):
     (tmp_path / "broken.yaml").write_text("task: broken\ncustom_dataset: !function nowhere.rows\n", encoding="utf-8")
     with pytest.raises(UsageError, match="broken"):
         load_tasks(["broken"], [tmp_path])
-
-
-@pytest.mark.usefixtures("lm_evals_own")
-def test_tasks_of_lm_eval_itself_need_no_folder():
-    assert list(load_tasks(["toy_choice"], [])) == ["toy_choice"]
-    assert sorted(load_tasks(["toy_choice", "spath_math_choice"], [FOLDER])) == ["spath_math_choice", "toy_choice"]
 
 
 def test_the_record_of_a_task_names_what_was_asked(evaluation):
@@ -221,3 +201,54 @@ def test_documents_are_recognised_by_prompt_and_answer(evaluation):
     for own, item in zip(documents, CORPUS.items("choice")[:6], strict=True):
         assert item.prompt in own
         assert f"{item.prompt} {item.answer}" in own
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATH_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "answers"
+
+
+def _never(*args, **settings):
+    raise AssertionError("the model was asked again")
+
+
+def test_remembered_answers_are_not_asked_for_again(loaded, evaluation, cache, monkeypatch):
+    tasks = load_tasks(TASKS, [FOLDER])
+    with (lm := PathwayLM(*loaded, batch_size=4)).remembering("a fingerprint"):
+        assert evaluate(lm, tasks, Limits(6), seed=0).scores == evaluation.scores
+    assert len(list(cache.iterdir())) == 2
+    lm = PathwayLM(*loaded, batch_size=4)
+    monkeypatch.setattr(lm.model, "forward", _never)
+    with lm.remembering("a fingerprint"):
+        again = evaluate(lm, load_tasks(TASKS, [FOLDER]), Limits(6), seed=0)
+    assert again.scores == evaluation.scores
+    with lm.remembering("another one"), pytest.raises(AssertionError, match="asked again"):
+        evaluate(lm, tasks, Limits(6), seed=0)
+
+
+def test_answers_in_the_cache_that_cannot_be_read_are_made_again(loaded, evaluation, cache, caplog):
+    tasks = load_tasks(TASKS, [FOLDER])
+    for damage in ("", "{", '{"answers": [1], "truncated": 0}'):
+        lm = PathwayLM(*loaded, batch_size=4)
+        with lm.remembering("a fingerprint"):
+            assert evaluate(lm, tasks, Limits(6), seed=0).scores == evaluation.scores
+        for file in cache.iterdir():
+            file.write_text(damage, encoding="utf-8")
+    assert "made again" in caplog.text
+
+
+def test_without_a_fingerprint_nothing_is_remembered(loaded, cache):
+    evaluate(PathwayLM(*loaded, batch_size=4), load_tasks(TASKS, [FOLDER]), Limits(2), seed=0)
+    assert not cache.exists()
+
+
+def test_requests_are_built_once_for_all_arms(loaded, monkeypatch):
+    tasks, lm = load_tasks(TASKS, [FOLDER]), PathwayLM(*loaded, batch_size=4)
+    first = evaluate(lm, tasks, Limits(3), seed=0)
+    for task in tasks.values():
+        monkeypatch.setattr(type(task), "build_all_requests", _never)
+    monkeypatch.setattr(lm, "tok_encode", _never)
+    again = evaluate(lm, tasks, Limits(3), seed=0)
+    assert again.scores == first.scores
+    assert [row["resps"] for row in again.samples] == [row["resps"] for row in first.samples]

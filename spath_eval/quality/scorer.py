@@ -1,0 +1,406 @@
+"""An lm-eval model that scores as lm-eval's `hf` does, without computing what is not needed.
+
+`SpathLM` is lm-eval's `HFLM` (the same tokens, truncation and defaults) with another engine beneath. Inputs that begin
+alike are computed once (`packing`), each position attends to its own text alone, logits are computed only where an
+answer is scored, in float32, and every forward makes one transfer to the host. The attention pattern is put in place of
+the masks that transformers makes, of which it keeps the rule (causal, sliding window, chunks) by applying it to
+positions in the text: so it holds for every layer type. A model that cannot be run so (found by comparing a few tokens
+at the first use) is scored in plain batches by `HFLM` itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import utils
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from spath_eval.models import output_head
+from spath_eval.quality.generation import generate, why_not
+from spath_eval.quality.packing import Costs, Plan, Request, Step
+
+log = logging.getLogger(__name__)
+
+BUDGET = {"cpu": 1024, "cuda": 16384}
+"""Tokens of a forward."""
+ROW = {"cpu": 128, "cuda": 512}
+"""Tokens of a row in which short texts stand side by side."""
+OVERHEAD = {"cpu": 32.0, "cuda": 4096.0}
+"""What one more forward costs, in tokens."""
+SMALLEST = 64
+"""Token budget below which running out of memory is final."""
+ROWS = 16
+"""Rows that generate at a time, where no `batch_size` says how many."""
+LOGITS = 32 * 2**20
+"""Logits that are held at a time."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+"""Largest difference of a packed from a plain forward, relative to the largest logit, by which it is found equal."""
+ATTENTION = ("sdpa", "eager")
+"""Attention implementations that take a mask of token pairs."""
+
+
+class SpathLM(HFLM):
+    """A drop-in for lm-eval's `hf` model: the same keywords, the same scores, sooner.
+
+    `batch_size` counts only where a model has to be scored in plain batches, and as the rows that generate at a time;
+    log-likelihoods are computed by a token budget, which halves for good where memory does not suffice.
+    """
+
+    def __init__(self, pretrained: str | PreTrainedModel, *, device: str | None = None, **settings: Any) -> None:
+        settings.setdefault("softmax_dtype", torch.float32)
+        settings.setdefault("backend", "causal")
+        super().__init__(pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **settings)
+        self.token_budget = BUDGET.get(self.device.type, BUDGET["cuda"])
+        self.truncated = 0
+        """Requests so far that were longer than the model's input and lost tokens on their left."""
+        self._encoded: dict[tuple[Any, ...], list[tuple[Any, list[int], list[int]]]] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._plain: bool | None = None
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding gives it."""
+        key = tuple(request.args for request in requests)
+        if key not in self._encoded:
+            self._encoded[key] = self._encode(requests)
+        return self._loglikelihood_tokens(self._encoded[key], disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of each whole text, in windows of the model's input."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        starts = [0]
+        for request in requests:
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *utils.make_disjoint_window(window)) for window in rolling]
+            starts.append(len(windows))
+        scores = [score for score, _ in self._loglikelihood_tokens(windows)]
+        return [sum(scores[start:end]) for start, end in pairwise(starts)]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """The text that each context is continued with, up to the first of its stop strings."""
+        texts: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        for numbers in groups.values():
+            settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
+            reason = why_not(self.model, {k: v for k, v in settings.items() if k not in ("until", "max_gen_toks")})
+            if reason or self.think_end_token is not None:
+                log.warning("lm-eval's own generation is used, because %s", reason or "the model is asked to think")
+                own = super().generate_until([requests[number] for number in numbers], disable_tqdm=True)
+            else:
+                own = self._continue([requests[number].args[0] for number in numbers], dict(settings))
+            texts.update(zip(numbers, own, strict=True))
+            for number in numbers:
+                self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
+        return [texts[number] for number in range(len(requests))]
+
+    def _continue(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+        """Greedy continuations of contexts, as lm-eval cuts and cleans them."""
+        until = handle_stop_sequences(
+            settings["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        )
+        room = self.max_length - settings["max_gen_toks"]
+        if room <= 0:
+            raise ValueError(
+                f"{settings['max_gen_toks']} tokens to generate leave no room in the model's {self.max_length}"
+            )
+        prompts = [self.tok_batch_encode([context])[0][0].tolist() for context in contexts]
+        self.truncated += sum(len(prompt) > room for prompt in prompts)
+        rows = self.batch_size if isinstance(self.batch_size, int) else ROWS
+        found: dict[int, list[int]] = {}
+        while waiting := [number for number in range(len(prompts)) if number not in found]:
+            try:
+                for place, tokens in generate(
+                    self.model,
+                    self.tokenizer,
+                    [prompts[number][-room:] for number in waiting],
+                    until=until,
+                    max_new_tokens=settings["max_gen_toks"],
+                    max_rows=rows,
+                    token_budget=self.token_budget,
+                ):
+                    found[waiting[place]] = tokens
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or self.token_budget // 2 < SMALLEST:
+                    raise
+                self.halve_budget()
+                rows = max(1, rows // 2)
+        return [postprocess_generated_text(self.tok_decode(found[n]), until, None) for n in range(len(prompts))]
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and attention mask, `[strings, tokens]` each, padded; counts what is cut."""
+        if left_truncate_len is not None:
+            self.truncated += sum(len(self.tok_encode(string)) > left_truncate_len for string in strings)
+        return super().tok_batch_encode(strings, padding_side, left_truncate_len, **settings)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model is scored in plain batches, because it cannot be scored packed."""
+        if self._plain is None:
+            reason = self._why_plain()
+            self._plain = reason is not None
+            if reason:
+                log.warning("%s: scored in plain batches, because %s", type(self.model).__name__, reason)
+        return self._plain
+
+    def _encode(self, requests: Sequence[Any]) -> list[tuple[Any, list[int], list[int]]]:
+        """The tokens of contexts and continuations, as lm-eval splits them."""
+        encoded: list[tuple[Any, list[int], list[int]]] = []
+
+        def keep(tokens: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
+            encoded.extend(tokens)
+            return []
+
+        known: dict[tuple[str, bool | None], list[int]] = {}
+        encode = self.tok_encode
+
+        def encode_once(string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
+            key = (string, add_special_tokens)
+            if key not in known:
+                known[key] = encode(string, add_special_tokens=add_special_tokens, **settings)
+            return known[key]
+
+        with _replaced(self, _loglikelihood_tokens=keep, tok_encode=encode_once):
+            super().loglikelihood(requests, disable_tqdm=True)
+        return encoded
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **settings: Any) -> list[tuple[float, bool]]:
+        if not requests:
+            return []
+        self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+        if self.plain or self._rescales(max(len(context) + len(answer) for _, context, answer in requests)):
+            return super()._loglikelihood_tokens(list(requests), **settings)
+        found = self._score(
+            [
+                Request(tuple((context + answer)[-(self.max_length + 1) :][:-1]), tuple(answer))
+                for _, context, answer in requests
+            ]
+        )
+        for (strings, _, _), answer in zip(requests, found, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return found
+
+    def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each request's targets, and whether greedy decoding gives them."""
+        if any(not request.targets for request in requests):
+            raise ValueError("a continuation without a token cannot be scored")
+        plan = self._plan(requests)
+        scores = np.full((2, plan.offsets[-1]), np.nan)
+        while True:
+            try:
+                self._run(plan, scores)
+                break
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or self.token_budget // 2 < SMALLEST:
+                    raise
+            self.halve_budget()
+            plan = self._plan(requests)
+        starts = plan.offsets[:-1]
+        totals, greedy = np.add.reduceat(scores[0], starts), np.minimum.reduceat(scores[1], starts)
+        return [(float(total), bool(all_)) for total, all_ in zip(totals, greedy, strict=True)]
+
+    def halve_budget(self) -> None:
+        """Go on with half the tokens in a forward, and say so."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.token_budget //= 2
+        self._plans.clear()
+        log.warning("out of memory: going on with %d tokens in a forward", self.token_budget)
+
+    def _plan(self, requests: Sequence[Request]) -> Plan:
+        key = (self.token_budget, *requests)
+        if key not in self._plans:
+            self._plans[key] = Plan(requests, self._costs())
+        return self._plans[key]
+
+    def _costs(self) -> Costs:
+        kind = self.device.type if self.device.type in BUDGET else "cuda"
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 1)
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        embeddings = {id(weight) for end in ends for weight in end.parameters()}
+        linear = sum(p.numel() for p in self.model.parameters() if id(p) not in embeddings)
+        # queries times keys and weights times values, at about a third of a matrix product's rate
+        pair = 3 * 2 * width * config.num_hidden_layers
+        return Costs(self.token_budget, min(ROW[kind], self.token_budget), OVERHEAD[kind], max(linear / pair, 1.0))
+
+    def _run(self, plan: Plan, scores: np.ndarray) -> None:
+        """Run the forwards of a plan and write the targets' log-likelihoods and greediness to `scores`."""
+        caches: list[Cache | None] = [None]
+        with torch.inference_mode():
+            for step in plan.steps:
+                del caches[step.level + 1 :]
+                hidden, cache = self._forward(step, caches[-1])
+                if step.keep:
+                    caches.append(cache)
+                self._write(step, hidden, scores)
+
+    def _forward(self, step: Step, before: Cache | None) -> tuple[Tensor, Cache | None]:
+        """Final hidden states `[rows, width, hidden]` of a step, and the cache with its tokens where it is kept."""
+        height, width = len(step.rows), step.width
+        past = 0 if before is None else before.get_seq_length()
+        ids, positions = np.zeros((2, height, width), dtype=np.int64)
+        attends = np.zeros((height, width, past + width), dtype=np.bool_)
+        attends[:, np.arange(width), past + np.arange(width)] = True  # padding attends to itself
+        for row, trees in enumerate(step.rows):
+            start = 0
+            for tree in trees:
+                end = start + len(tree)
+                ids[row, start:end], positions[row, start:end] = tree.tokens, tree.positions
+                attends[row, start:end, :past] = True
+                attends[row, start:end, past + start : past + end] = tree.ancestors()
+                start = end
+        at = torch.from_numpy(positions).to(self.device)
+        cache = _branch(before, height) if before is not None else DynamicCache() if step.keep else None
+        with _attending(torch.from_numpy(attends).to(self.device), at, past):
+            output = self.model.get_decoder()(
+                input_ids=torch.from_numpy(ids).to(self.device),
+                attention_mask=torch.ones(height, past + width, dtype=torch.long, device=self.device),
+                position_ids=at,
+                cache=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state, cache
+
+    def _write(self, step: Step, hidden: Tensor, scores: np.ndarray) -> None:
+        nodes, targets, slots = [], [], []
+        for row, trees in enumerate(step.rows):
+            start = row * step.width
+            for tree in trees:
+                nodes.append(tree.nodes + start)
+                targets.append(tree.targets)
+                slots.append(tree.slots)
+                start += len(tree)
+        places, which = np.unique(np.concatenate(nodes), return_inverse=True)
+        if not len(places):
+            return
+        hidden = hidden.flatten(0, 1)[torch.from_numpy(places).to(self.device)]
+        rows = torch.from_numpy(which).to(self.device)
+        target = torch.from_numpy(np.concatenate(targets)).to(self.device)
+        parts = []
+        chunk = max(1, LOGITS // self.model.config.get_text_config().vocab_size)
+        for start in range(0, len(places), chunk):
+            logits = output_head(self.model, hidden[start : start + chunk])
+            first, last = np.searchsorted(which, [start, start + chunk])
+            parts.append(_likelihoods(logits, rows[first:last] - start, target[first:last]))
+        scores[:, np.concatenate(slots)] = torch.cat(parts, dim=1).cpu().double().numpy()
+
+    def _rescales(self, tokens: int) -> bool:
+        """Whether an input of `tokens` would be embedded otherwise as a whole than as a prefix and what follows it."""
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+        if not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds):
+            return False
+        limits = [
+            kind["original_max_position_embeddings"] for kind in kinds if "original_max_position_embeddings" in kind
+        ]
+        return tokens > min(limits, default=getattr(config, "max_position_embeddings", tokens))
+
+    def _why_plain(self) -> str | None:
+        """Why the model cannot be scored packed, or none where a packed forward gives what plain ones give."""
+        implementation = self.model.config.get_text_config()._attn_implementation
+        if implementation not in ATTENTION:
+            return f"its attention implementation {implementation!r} takes no mask of token pairs"
+        generator = np.random.default_rng(0)
+        begin, *ends = (tuple(generator.integers(3, 30, size).tolist()) for size in (9, 6, 4, 5))
+        texts = [begin + ends[0], begin + ends[1], begin + ends[1][:2] + ends[2], ends[0]]
+        requests = [Request(text[:-1], text[1:]) for text in texts]
+        plan = Plan(requests, Costs(16, 16, 0.0, 1e9))
+        scores = np.full((2, plan.offsets[-1]), np.nan)
+        try:
+            self._run(plan, scores)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise
+            log.debug("packed forward", exc_info=True)
+            return f"a packed forward failed: {type(error).__name__}: {error}"
+        for number, text in enumerate(texts):
+            with torch.inference_mode():
+                logits = self.model(torch.tensor([text[:-1]], device=self.device)).logits[0].float()
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(text[1:], device=self.device)[:, None])[:, 0]
+            packed = scores[0, plan.offsets[number] : plan.offsets[number + 1]]
+            allowed = TOLERANCE[self.model.dtype] * max(1.0, float(logits.abs().max()))
+            difference = float(np.abs(packed - expected.cpu().numpy()).max())
+            if not difference <= allowed:
+                return f"a packed forward gives other log-likelihoods (by {difference:.2g})"
+        return None
+
+
+def _likelihoods(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
+    """Of each target its log-likelihood and whether it is the most likely token, `[2, targets]`."""
+    likely = logits.argmax(-1)[row] == target
+    values = logits[row, target] - logits.logsumexp(-1)[row]
+    return torch.stack([values, likely.to(values.dtype)])
+
+
+def _branch(cache: Cache, rows: int) -> Cache:
+    """A cache that goes on from `cache` in several rows and leaves it as it is."""
+    branch = DynamicCache()
+    for layer in cache.layers:
+        twig = copy.copy(layer)
+        if isinstance(twig, DynamicLayer) and twig.keys is not None and twig.values is not None:
+            twig.keys = twig.keys.expand(rows, -1, -1, -1)
+            twig.values = twig.values.expand(rows, -1, -1, -1)
+        branch.layers.append(twig)
+    return branch
+
+
+@contextmanager
+def _attending(attends: Tensor, positions: Tensor, past: int) -> Iterator[None]:
+    """Within the context, tokens (`[rows, width]`, behind `past` cached ones) attend to those for which `attends`
+    (`[rows, width, past + width]`) is true, as far as the layer's own rule allows it at their positions in the text."""
+    rows = attends.shape[0]
+    cached = torch.arange(past, device=positions.device).expand(rows, -1)
+    queries, keys = positions[:, None, :, None], torch.cat([cached, positions], dim=1)[:, None, None, :]
+    batch = torch.arange(rows, device=positions.device)[:, None, None, None]
+
+    def mask(mask_function: Callable[..., Tensor], **settings: Any) -> Tensor:
+        return attends[:, None] & mask_function(batch, torch.zeros_like(batch), queries, keys)
+
+    def additive(dtype: torch.dtype, **settings: Any) -> Tensor:
+        allowed = mask(**settings)
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+    own = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ATTENTION}
+    try:
+        ALL_MASK_ATTENTION_FUNCTIONS.update(sdpa=mask, eager=additive)
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS.update(own)
+
+
+@contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Within the context, `owner` has other methods of these names."""
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
