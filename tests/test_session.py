@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -509,3 +510,84 @@ def test_a_run_can_be_started_from_python(work_folder, tiny_checkpoint, short_te
     assert record["status"] == "complete"
     with pytest.raises(UsageError, match="unknown strategy 'negativ'"):
         spath_eval.run(models=(str(tiny_checkpoint),), strategies=("negativ",))
+
+
+# lm-eval's own benchmarks
+
+
+ROWS = Path(__file__).parent / "data" / "rows"
+"""Rows written for these tests, in the form of those of gsm8k and arc_easy."""
+
+
+def test_benchmarks_are_evaluated_on_rows_from_a_folder(run):
+    record = run("--data-dir", ROWS, "--tasks", "gsm8k,arc_easy", "--limit", "3,gsm8k=2", "--no-controls").record
+    records.validate(record)
+    assert {(entry["task"], entry["documents"], entry["limit"], entry["num_fewshot"]) for entry in record["tasks"]} == {
+        ("gsm8k", 2, 2, 5),
+        ("arc_easy", 3, 3, 0),
+    }
+    (case,) = record["cases"]
+    assert [(entry["task"], entry["metric"], entry["filter"]) for entry in case["quality"]] == [
+        ("gsm8k", "exact_match", "strict-match"),
+        ("gsm8k", "exact_match", "flexible-extract"),
+        ("arc_easy", "acc", "none"),
+        ("arc_easy", "acc_norm", "none"),
+    ]
+
+
+def test_with_rows_at_hand_a_domain_is_evaluated_on_its_public_benchmarks(run, monkeypatch):
+    record = run("--data-dir", ROWS).record
+    assert {entry["task"] for entry in record["tasks"]} == {"gsm8k"}
+    monkeypatch.setenv("SPATH_DATA_DIR", str(ROWS))
+    assert {entry["task"] for entry in run("-o", "again.json").record["tasks"]} == {"gsm8k"}
+    own = run("--tasks", "math=spath_math_choice", "-o", "own.json").record
+    assert {entry["task"] for entry in own["tasks"]} == {"spath_math_choice"}
+
+
+def test_the_number_of_examples_can_be_chosen(run):
+    record = run("--data-dir", ROWS, "--num-fewshot", 2).record
+    assert {entry["num_fewshot"] for entry in record["tasks"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tasks", "gsm8q"), "nearest are gsm8k"),
+        (("--tasks", "piqa"), "piqa"),
+        (("--tasks", "physics=gsm8k"), "unknown domain 'physics'"),
+        (("--tasks", "gsm8k", "--num-fewshot", 30), "cannot have 30 examples"),
+        (("--tasks", "gsm8k", "--limit", "none"), "--limit 'none'"),
+        (("--tasks", "gsm8k", "--include-path", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_is_wrong_with_benchmarks_is_said_before_a_model_is_loaded(run, models, options, message):
+    outcome = run("--data-dir", ROWS, *options)
+    assert outcome.status == 4
+    assert message in outcome.err
+    assert models == []
+
+
+def test_a_chat_template_is_refused_where_there_is_none(run):
+    outcome = run("--apply-chat-template")
+    assert outcome.status == 4
+    assert "no template" in outcome.err
+
+
+def test_a_smaller_token_budget_of_a_sparse_arm_holds_for_the_dense_one_too(run, monkeypatch):
+    """Whatever a forward holds must be the same in both arms."""
+    from spath_eval.quality.adapter import PathwayLM
+
+    budgets = []
+    forward = PathwayLM._forward
+
+    def short_of_memory(self, step, before):
+        if self.exercise and self.token_budget > 200:
+            raise torch.OutOfMemoryError("made up")
+        budgets.append((self.exercise is not None, self.token_budget))
+        return forward(self, step, before)
+
+    monkeypatch.setattr(PathwayLM, "_forward", short_of_memory)
+    outcome = run("--no-controls")
+    assert outcome.status == 0
+    assert "out of memory: going on with 128 tokens" in outcome.err
+    assert budgets[-1] == (False, 128)

@@ -88,6 +88,7 @@ class PathwayLM(SpathLM):
         """Set while the pathway of a prompt strategy is applied."""
         self._fingerprint: str | None = None
         """Set while answers come from the cache, or go there."""
+        _ = self.plain  # found out now, while the model is dense and nobody watches
 
     @property
     def batch_size(self) -> int:

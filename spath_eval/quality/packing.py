@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -89,6 +89,8 @@ class Step:
     rows: tuple[tuple[Tree, ...], ...]
     keep: bool
     """Whether it is a prefix, whose keys and values are kept as the next level."""
+    last: bool = False
+    """Whether no later step goes on from the prefix of its level."""
 
     @property
     def width(self) -> int:
@@ -125,7 +127,8 @@ class Plan:
             for text in texts
         ]
         self._common = [0, *(_common(*pair) for pair in pairwise(self._texts))]
-        self.steps = list(self._steps([_radix_tree(self._texts, self._common)], before=0, level=0)) if texts else []
+        steps = list(self._steps([_radix_tree(self._texts, self._common)], before=0, level=0)) if texts else []
+        self.steps = _with_last(steps)
 
     @property
     def computed(self) -> int:
@@ -160,7 +163,12 @@ class Plan:
         if not node.children or not tokens:
             return None if tokens <= costs.budget else before + costs.budget
         sizes = [child.below + child.depth - before for child in node.children]
-        apart = sum(costs.tree(size, before) for size in sizes)
+        apart = sum(
+            costs.tree(size, before)
+            if size <= costs.budget  # else it will have a prefix of its own, as long as this one
+            else costs.tree(common, before) + costs.tree(size - common, node.depth)
+            for size in sizes
+        )
         kept = costs.overhead + costs.tree(common, before) + sum(costs.tree(s - common, node.depth) for s in sizes)
         if tokens <= costs.budget and whole <= min(apart, kept):
             return None
@@ -217,6 +225,17 @@ class Plan:
                     row.append(waiting.pop())
                 rows.append(tuple(row))
             yield tuple(rows)
+
+
+def _with_last(steps: Sequence[Step]) -> list[Step]:
+    """The steps, marked where they are the last to go on from a prefix."""
+    marked: list[Step] = []
+    needed: set[int] = set()
+    for step in reversed(steps):
+        needed = {level for level in needed if level <= step.level}
+        marked.append(replace(step, last=step.level not in needed))
+        needed.add(step.level)
+    return marked[::-1]
 
 
 def _common(first: Ints, second: Ints) -> int:

@@ -14,7 +14,6 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,6 +50,10 @@ ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a mask of token pairs."""
 
 
+Tokens = list[tuple[Any, list[int], list[int]]]
+"""A request's strings (or, of a window, the number of its text) with the tokens of its context and continuation."""
+
+
 class SpathLM(HFLM):
     """A drop-in for lm-eval's `hf` model: the same keywords, the same scores, sooner.
 
@@ -65,7 +68,7 @@ class SpathLM(HFLM):
         self.token_budget = BUDGET.get(self.device.type, BUDGET["cuda"])
         self.truncated = 0
         """Requests so far that were longer than the model's input and lost tokens on their left."""
-        self._encoded: dict[tuple[Any, ...], list[tuple[Any, list[int], list[int]]]] = {}
+        self._encoded: dict[tuple[Any, ...], Tokens] = {}
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._plain: bool | None = None
 
@@ -78,19 +81,26 @@ class SpathLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of each whole text, in windows of the model's input."""
-        windows: list[tuple[None, list[int], list[int]]] = []
-        starts = [0]
-        for request in requests:
-            rolling = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            windows += [(None, *utils.make_disjoint_window(window)) for window in rolling]
-            starts.append(len(windows))
-        scores = [score for score, _ in self._loglikelihood_tokens(windows)]
-        return [sum(scores[start:end]) for start, end in pairwise(starts)]
+        key = ("rolling", *(request.args for request in requests))
+        if key not in self._encoded:
+            self._encoded[key] = [
+                (number, *utils.make_disjoint_window(window))
+                for number, request in enumerate(requests)
+                for window in utils.get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+        windows = self._encoded[key]
+        totals = [0.0] * len(requests)
+        found = self._loglikelihood_tokens([(None, context, answer) for _, context, answer in windows])
+        for (number, _, _), (score, _) in zip(windows, found, strict=True):
+            totals[number] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The text that each context is continued with, up to the first of its stop strings."""
@@ -134,7 +144,7 @@ class SpathLM(HFLM):
                     until=until,
                     max_new_tokens=settings["max_gen_toks"],
                     max_rows=rows,
-                    token_budget=self.token_budget,
+                    token_budget=self.token_budget // 2,  # long prompts are computed one by one, which needs no mask
                 ):
                     found[waiting[place]] = tokens
             except RuntimeError as error:
@@ -162,25 +172,16 @@ class SpathLM(HFLM):
                 log.warning("%s: scored in plain batches, because %s", type(self.model).__name__, reason)
         return self._plain
 
-    def _encode(self, requests: Sequence[Any]) -> list[tuple[Any, list[int], list[int]]]:
+    def _encode(self, requests: Sequence[Any]) -> Tokens:
         """The tokens of contexts and continuations, as lm-eval splits them."""
-        encoded: list[tuple[Any, list[int], list[int]]] = []
-
-        def keep(tokens: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
-            encoded.extend(tokens)
-            return []
-
-        known: dict[tuple[str, bool | None], list[int]] = {}
-        encode = self.tok_encode
-
-        def encode_once(string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
-            key = (string, add_special_tokens)
-            if key not in known:
-                known[key] = encode(string, add_special_tokens=add_special_tokens, **settings)
-            return known[key]
-
-        with _replaced(self, _loglikelihood_tokens=keep, tok_encode=encode_once):
-            super().loglikelihood(requests, disable_tqdm=True)
+        encoded: Tokens = []
+        for context, continuation in (request.args for request in requests):
+            if context == "":
+                first, answer = self.prefix_token_id, self.tok_encode(continuation, add_special_tokens=False)
+                pair = (answer[:1], answer[1:]) if answer[:1] == [first] else ([first], answer)
+            else:
+                pair = self._encode_pair(context, continuation)
+            encoded.append(((context, continuation), *pair))
         return encoded
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **settings: Any) -> list[tuple[float, bool]]:
@@ -202,8 +203,8 @@ class SpathLM(HFLM):
 
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's targets, and whether greedy decoding gives them."""
-        if any(not request.targets for request in requests):
-            raise ValueError("a continuation without a token cannot be scored")
+        if any(not 0 < len(request.targets) <= len(request.tokens) for request in requests):
+            raise ValueError("a continuation needs a token at least, one before it, and room in the model's input")
         plan = self._plan(requests)
         scores = np.full((2, plan.offsets[-1]), np.nan)
         while True:
@@ -252,6 +253,8 @@ class SpathLM(HFLM):
             for step in plan.steps:
                 del caches[step.level + 1 :]
                 hidden, cache = self._forward(step, caches[-1])
+                if step.last:
+                    caches[-1] = None
                 if step.keep:
                     caches.append(cache)
                 self._write(step, hidden, scores)
@@ -324,6 +327,8 @@ class SpathLM(HFLM):
         if implementation not in ATTENTION:
             return f"its attention implementation {implementation!r} takes no mask of token pairs"
         generator = np.random.default_rng(0)
+        if any(buffer.dtype == torch.bool and buffer.ndim == 4 for buffer in self.model.buffers()):
+            return "it masks its attention by places in the row"
         begin, *ends = (tuple(generator.integers(3, 30, size).tolist()) for size in (9, 6, 4, 5))
         texts = [begin + ends[0], begin + ends[1], begin + ends[1][:2] + ends[2], ends[0]]
         requests = [Request(text[:-1], text[1:]) for text in texts]
@@ -341,7 +346,7 @@ class SpathLM(HFLM):
                 logits = self.model(torch.tensor([text[:-1]], device=self.device)).logits[0].float()
             expected = logits.log_softmax(-1).gather(1, torch.tensor(text[1:], device=self.device)[:, None])[:, 0]
             packed = scores[0, plan.offsets[number] : plan.offsets[number + 1]]
-            allowed = TOLERANCE[self.model.dtype] * max(1.0, float(logits.abs().max()))
+            allowed = TOLERANCE.get(self.model.dtype, 1e-3) * max(1.0, float(logits.abs().max()))
             difference = float(np.abs(packed - expected.cpu().numpy()).max())
             if not difference <= allowed:
                 return f"a packed forward gives other log-likelihoods (by {difference:.2g})"
@@ -351,7 +356,7 @@ class SpathLM(HFLM):
 def _likelihoods(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
     """Of each target its log-likelihood and whether it is the most likely token, `[2, targets]`."""
     likely = logits.argmax(-1)[row] == target
-    values = logits[row, target] - logits.logsumexp(-1)[row]
+    values = logits.log_softmax(-1)[row, target]  # lm-eval's numerics: `logsumexp` is more exact in float32
     return torch.stack([values, likely.to(values.dtype)])
 
 
@@ -389,17 +394,6 @@ def _attending(attends: Tensor, positions: Tensor, past: int) -> Iterator[None]:
         yield
     finally:
         ALL_MASK_ATTENTION_FUNCTIONS.update(own)
-
-
-@contextmanager
-def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Within the context, `owner` has other methods of these names."""
-    vars(owner).update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del vars(owner)[name]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
