@@ -101,6 +101,8 @@ class Options:
     """Whether the domains' public benchmarks are evaluated with rows from the hub."""
     num_fewshot: int | None = None
     apply_chat_template: bool = False
+    allow_code_execution: bool = False
+    """Whether what a model writes is executed, in a sandbox, where a task scores it so."""
     limit: int | Limits | None = None
     seed: int = 0
     keyword: str | None = None
@@ -215,6 +217,7 @@ class Session:
             data_dir=options.data_dir,
             num_fewshot=options.num_fewshot,
             limits=self.limits,
+            allow_code_execution=options.allow_code_execution,
         )
 
     @property

@@ -162,6 +162,11 @@ def model_options(command: Any) -> Any:
 )
 @click.option("--limit", metavar="N,TASK=N,...", help="Evaluate only the first N documents of each task, or of one.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in the prompt, instead of the tasks' own.")
+@click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Score humaneval, mbpp and the like by executing, in a sandbox, the code that the model writes.",
+)
 @click.option("--apply-chat-template", is_flag=True, help="Put prompts in the tokenizer's chat template.")
 @click.option(
     "--preservation-tokens",
@@ -228,6 +233,7 @@ def command(context: click.Context, **given: Any) -> int:
                 "include_path",
                 "num_fewshot",
                 "apply_chat_template",
+                "allow_code_execution",
                 "seed",
                 "keyword",
                 "exitfirst",

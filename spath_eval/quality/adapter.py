@@ -41,7 +41,7 @@ from spath_eval.quality.scorer import SpathLM
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 log = logging.getLogger(__name__)
 
-ACCURACIES = {"acc", "acc_norm", "exact_match"}
+ACCURACIES = {"acc", "acc_norm", "exact_match", "pass@1", "pass_at_1"}
 """Metrics that have a chance level."""
 
 
@@ -219,7 +219,7 @@ def evaluate(
                 log_samples=True,
                 apply_chat_template=chat_template,
                 fewshot_as_multiturn=chat_template,
-                confirm_run_unsafe_code=True,  # `load_tasks` took out what would execute it
+                confirm_run_unsafe_code=True,  # `load_tasks` puts it in a sandbox, or takes it out
             )
         assert results is not None
         for name in group:
@@ -315,6 +315,7 @@ def task_record(
             "documents": len({row["doc_id"] for row in rows}),
             "num_fewshot": task.config.num_fewshot,
             "batch": batch_size,
+            "token_budget": evaluation.token_budget,
         }
         if limit is not None:
             entry["limit"] = limit

@@ -12,6 +12,7 @@ import ast
 import difflib
 import gzip
 import json
+import math
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ from lm_eval.tasks import TaskManager
 
 from spath_eval.collection import Limits
 from spath_eval.contracts import UsageError
+from spath_eval.quality import sandbox
 
 STOCK = Path(lm_eval.tasks.__file__).parent
 """The folder of lm-eval's own tasks."""
@@ -65,16 +67,19 @@ def load_tasks(
     data_dir: Path | None = None,
     num_fewshot: int | None = None,
     limits: Limits | None = None,
+    allow_code_execution: bool = False,
 ) -> dict[str, ConfigurableTask]:
     """The tasks called `names`, groups and tags as the tasks they consist of, by name and in a fixed order.
 
     A name is looked up in `folders`, then among lm-eval's own. With `data_dir`, rows come from
     `data_dir/TASK/SPLIT.jsonl` or `.jsonl.gz`, from the folder of a task with the same rows, or from that of a group,
     whose rows have a `subject`; a task of `folders` without such rows, or with a `custom_dataset`, gets its own.
-    `num_fewshot` replaces the stock number of examples, and `limits` says how many documents will be evaluated.
+    `num_fewshot` replaces the stock number of examples, and `limits` says how many documents will be evaluated. Tasks
+    that execute what the model writes do so in a sandbox, and only with `allow_code_execution`; otherwise they only
+    generate it.
 
     Raises `UsageError` for an unknown name, for rows that are missing or not as the task needs them, for examples that
-    a task cannot have, and for a task that cannot be loaded.
+    a task cannot have, for a task that cannot be loaded, and where code is to be executed and cannot be contained.
     """
     names = list(dict.fromkeys(names))
     if data_dir is not None and not data_dir.is_dir():
@@ -82,9 +87,10 @@ def load_tasks(
     manager = _manager_of(names, sorted({str(folder) for folder in folders}))
     feed = _Feed(data_dir, num_fewshot, limits or Limits(), _parents(manager))
     tasks: dict[str, ConfigurableTask] = {}
+    sandboxed = _SandboxedCodeEval()
     for name in names:
         try:
-            with feed.in_place(), _without_code_execution():
+            with feed.in_place(), _code_evaluated_by(sandboxed):
                 found = manager.load([name])["tasks"]
         except UsageError:
             raise
@@ -97,14 +103,17 @@ def load_tasks(
         tasks.update(found)
     for task in tasks.values():
         _check_number_of_examples(task)
-        if unscored(task):
-            task.config.process_results = _no_metrics
+        if getattr(task, "UNSAFE_CODE", False):
+            if not allow_code_execution:
+                task.config.process_results = _no_metrics
+            elif (refusal := sandbox.unavailable()) is not None:
+                raise UsageError(f"{task.task_name} executes code, which cannot be contained here: {refusal}")
     return tasks
 
 
 def unscored(task: ConfigurableTask) -> str | None:
     """Why a task generates texts but has no score, or none where it has."""
-    return "code is not executed" if getattr(task, "UNSAFE_CODE", False) else None
+    return "code is executed only with --allow-code-execution" if task.config.process_results is _no_metrics else None
 
 
 def _no_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
@@ -666,34 +675,45 @@ def _said(error: Exception) -> str:
 # Tasks whose metric executes code
 
 
-class _NoExecution:
+class _SandboxedCodeEval:
     """In the place of the metric `code_eval`, which modules of tasks load, and try out, when they are imported."""
 
-    active = True
+    def __init__(self) -> None:
+        self.active = False
+        """Whether programs are executed; while tasks are loaded, none is."""
 
-    def compute(self, **_: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    def compute(
+        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int], **_: Any
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """pass@k of the programs that consist of a prediction and the tests that are its reference."""
         if not self.active:
-            raise RuntimeError("code is not executed")
-        return {}, {}
+            return {}, {}
+        shares = dict.fromkeys(k, 0.0)
+        for reference, candidates in zip(references, predictions, strict=True):
+            passed = sum(one.passed for one in sandbox.run_all(f"{code}\n{reference}" for code in candidates))
+            failed = len(candidates) - passed
+            for size in k:  # Chen et al. 2021, equation 1
+                shares[size] += 1 - math.comb(failed, size) / math.comb(len(candidates), size)
+        return {f"pass@{size}": share / len(references) for size, share in shares.items()}, {}
 
 
 @contextmanager
-def _without_code_execution() -> Iterator[None]:
-    """While it lasts, `evaluate.load` gives tasks a metric that executes nothing; modules that took it are forgotten,
-    so that lm-eval itself imports them anew."""
+def _code_evaluated_by(metric: _SandboxedCodeEval) -> Iterator[None]:
+    """While it lasts, `evaluate.load` gives tasks `metric`; modules that took it are forgotten, so that lm-eval itself
+    imports them anew."""
     load = evaluate.load
-    metric = _NoExecution()
     known = set(sys.modules)
 
     def instead(path: str, *arguments: Any, **settings: Any) -> Any:
         return metric if path == "code_eval" else load(path, *arguments, **settings)
 
     evaluate.load = instead
+    metric.active = False
     try:
         yield
     finally:
         evaluate.load = load
-        metric.active = False
+        metric.active = True
         for name in set(sys.modules) - known:
             if any(value is metric for value in list(vars(sys.modules[name]).values())):
                 del sys.modules[name]

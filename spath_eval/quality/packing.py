@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 KEPT = 4
 """Token budgets up to which the rows of one forward may hold keys and values, unless a single row needs more."""
 
+LONE = 8
+"""Token budgets up to which a text that shares nothing is computed in one forward: alone, it needs no mask."""
+WIDTHS = tuple(0.5 + step / 8 for step in range(13))
+"""Widths of rows that are tried, in units of the usual one."""
+
 Ints = NDArray[np.int64]
+_Part = tuple[int, int, int]
+"""How many tokens the texts `[start, end)` have together, with its start and end."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Costs:
     budget: int
     """Tokens that one forward may hold."""
     row: int
-    """Tokens up to which trees are put side by side in a row."""
+    """Tokens up to which trees are usually put side by side in a row."""
     overhead: float
     """Cost of one more forward."""
     pairs: float
@@ -86,16 +93,22 @@ class Step:
 
     level: int
     """How many of the kept prefixes, outermost first, it goes on from; later ones are not needed any more."""
-    rows: tuple[tuple[Tree, ...], ...]
+    rows: tuple[Tree, ...]
     keep: bool
     """Whether it is a prefix, whose keys and values are kept as the next level."""
     last: bool = False
     """Whether no later step goes on from the prefix of its level."""
 
     @property
+    def plain(self) -> bool:
+        """Whether each row is one text from its beginning on, as any causal model takes it."""
+        branches = [branch for tree in self.rows for branch in tree.branches]
+        return self.level == 0 and all(parent == start - 1 for start, _, parent in branches)
+
+    @property
     def width(self) -> int:
         """Tokens of its longest row."""
-        return max(sum(map(len, row)) for row in self.rows)
+        return max(map(len, self.rows))
 
 
 @dataclass
@@ -133,26 +146,26 @@ class Plan:
     @property
     def computed(self) -> int:
         """Tokens that are computed, padding not counted."""
-        return sum(len(tree) for step in self.steps for row in step.rows for tree in row)
+        return sum(len(tree) for step in self.steps for tree in step.rows)
 
     def _steps(self, nodes: Sequence[_Node], before: int, level: int) -> Iterator[Step]:
         """The forwards for `nodes`, whose first `before` tokens are kept as the prefix of `level`."""
-        trees: list[Tree] = []
+        whole: list[_Node] = []
         prefixes: list[tuple[_Node, int]] = []
         todo = list(nodes)
         while todo:
             node = todo.pop()
             upto = self._cut(node, before)
             if upto is None:
-                trees.append(self._tree(node, before))
+                whole.append(node)
             elif upto > before:
                 prefixes.append((node, upto))
             else:
                 todo += node.children
-        for rows in self._rows(trees, before):
+        for rows in self._rows(whole, before):
             yield Step(level, rows, keep=False)
         for node, upto in prefixes:
-            yield Step(level, ((self._tree(node, before, upto),),), keep=True)
+            yield Step(level, (self._tree(range(node.start, node.end), before, upto),), keep=True)
             yield from self._steps([node], upto, level + 1)
 
     def _cut(self, node: _Node, before: int) -> int | None:
@@ -161,7 +174,10 @@ class Plan:
         tokens, common = node.below + node.depth - before, node.depth - before
         whole = costs.tree(tokens, before)
         if not node.children or not tokens:
-            return None if tokens <= costs.budget else before + costs.budget
+            most = costs.budget if before else LONE * costs.budget
+            return None if tokens <= most else before + costs.budget
+        if len(node.children) == 1:
+            return before
         sizes = [child.below + child.depth - before for child in node.children]
         apart = sum(
             costs.tree(size, before)
@@ -174,17 +190,20 @@ class Plan:
             return None
         return before + min(common, costs.budget) if common and kept < apart else before
 
-    def _tree(self, node: _Node, before: int, upto: int | None = None) -> Tree:
-        """The tokens of `node`'s inputs from position `before` on, up to position `upto`."""
+    def _tree(self, numbers: Sequence[int], before: int, upto: int | None = None) -> Tree:
+        """The tokens of the texts of these ascending numbers from position `before` on, up to position `upto`."""
         tokens: list[Ints] = []
         positions: list[Ints] = []
         branches: list[tuple[int, int, int]] = []
         scored: list[tuple[int, int, int]] = []
         path: Ints = np.empty(0, dtype=np.int64)
         count = 0
-        for number in range(node.start, node.end):
+        for last, number in zip([None, *numbers], numbers, strict=False):
             text = self._texts[number][:upto]
-            shared = max(0, min(self._common[number], len(text)) - before) if number > node.start else 0
+            shared = 0
+            if last is not None:
+                common = self._common[number] if last == number - 1 else _common(self._texts[last], text)
+                shared = max(0, min(common, len(text)) - before)
             new = text[before + shared :]
             path = path[:shared]
             if len(new):
@@ -207,24 +226,44 @@ class Plan:
             columns[:, 2],
         )
 
-    def _rows(self, trees: list[Tree], before: int) -> Iterator[tuple[tuple[Tree, ...], ...]]:
-        """The trees in rows, the rows of a forward of about the same length: the longest first, gaps filled up."""
-        waiting = deque(sorted((tree for tree in trees if len(tree)), key=len, reverse=True))
+    def _rows(self, nodes: Sequence[_Node], before: int) -> list[tuple[Tree, ...]]:
+        """The nodes' texts in rows, several rows a forward, of the width at which padding and attention cost least.
+
+        What the texts of a row have in common they share, although they need not be neighbours.
+        """
+        sizes = sorted(((node.below + node.depth - before, node.start, node.end) for node in nodes), reverse=True)
+        ordered = [size for size in sizes if size[0]]
+        packings = [self._packed(ordered, before, int(self.costs.row * scale)) for scale in WIDTHS]
+        cheapest = min(packings, key=lambda forwards: sum(self._cost(rows, before) for rows in forwards))
+        return [tuple(self._row(row, before) for row in rows) for rows in cheapest]
+
+    def _row(self, parts: Sequence[_Part], before: int) -> Tree:
+        return self._tree(sorted(number for _, start, end in parts for number in range(start, end)), before)
+
+    def _cost(self, rows: Sequence[Sequence[_Part]], before: int) -> float:
+        width = max(sum(size for size, _, _ in row) for row in rows)
+        return len(rows) * width * (1 + (width + before) / self.costs.pairs) + self.costs.overhead
+
+    def _packed(self, ordered: Sequence[_Part], before: int, row: int) -> list[list[list[_Part]]]:
+        """Forwards with rows of about `row` tokens: the longest parts first, gaps filled up with the shortest."""
+        waiting = deque(ordered)
+        forwards: list[list[list[_Part]]] = []
         while waiting:
-            width = max(len(waiting[0]), self.costs.row)
+            width = max(waiting[0][0], min(row, self.costs.budget))
             height = max(1, min(self.costs.budget // width, KEPT * self.costs.budget // (before + width)))
-            rows: list[tuple[Tree, ...]] = []
+            rows: list[list[_Part]] = []
             while waiting and len(rows) < height:
-                row: list[Tree] = []
+                filled: list[_Part] = []
                 room = width
-                while waiting and len(waiting[0]) <= room:
-                    room -= len(waiting[0])
-                    row.append(waiting.popleft())
-                while waiting and len(waiting[-1]) <= room:
-                    room -= len(waiting[-1])
-                    row.append(waiting.pop())
-                rows.append(tuple(row))
-            yield tuple(rows)
+                while waiting and waiting[0][0] <= room:
+                    room -= waiting[0][0]
+                    filled.append(waiting.popleft())
+                while waiting and waiting[-1][0] <= room:
+                    room -= waiting[-1][0]
+                    filled.append(waiting.pop())
+                rows.append(filled)
+            forwards.append(rows)
+        return forwards
 
 
 def _with_last(steps: Sequence[Step]) -> list[Step]:

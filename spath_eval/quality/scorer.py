@@ -36,7 +36,7 @@ BUDGET = {"cpu": 1024, "cuda": 16384}
 """Tokens of a forward."""
 ROW = {"cpu": 128, "cuda": 512}
 """Tokens of a row in which short texts stand side by side."""
-OVERHEAD = {"cpu": 32.0, "cuda": 4096.0}
+OVERHEAD = {"cpu": 128.0, "cuda": 4096.0}
 """What one more forward costs, in tokens."""
 SMALLEST = 64
 """Token budget below which running out of memory is final."""
@@ -242,8 +242,8 @@ class SpathLM(HFLM):
         ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         embeddings = {id(weight) for end in ends for weight in end.parameters()}
         linear = sum(p.numel() for p in self.model.parameters() if id(p) not in embeddings)
-        # queries times keys and weights times values, at about a third of a matrix product's rate
-        pair = 3 * 2 * width * config.num_hidden_layers
+        # queries times keys and weights times values, somewhat slower than one large product
+        pair = 1.5 * 2 * width * config.num_hidden_layers
         return Costs(self.token_budget, min(ROW[kind], self.token_budget), OVERHEAD[kind], max(linear / pair, 1.0))
 
     def _run(self, plan: Plan, scores: np.ndarray) -> None:
@@ -264,50 +264,43 @@ class SpathLM(HFLM):
         height, width = len(step.rows), step.width
         past = 0 if before is None else before.get_seq_length()
         ids, positions = np.zeros((2, height, width), dtype=np.int64)
+        for row, tree in enumerate(step.rows):
+            ids[row, : len(tree)], positions[row, : len(tree)] = tree.tokens, tree.positions
+        cache = _branch(before, height) if before is not None else DynamicCache() if step.keep else None
+        settings = {
+            "input_ids": torch.from_numpy(ids).to(self.device),
+            "cache": cache,
+            "use_cache": cache is not None,
+        }
+        decoder = self.model.get_decoder()
+        if step.plain:
+            return decoder(**settings).last_hidden_state, cache
         attends = np.zeros((height, width, past + width), dtype=np.bool_)
         attends[:, np.arange(width), past + np.arange(width)] = True  # padding attends to itself
-        for row, trees in enumerate(step.rows):
-            start = 0
-            for tree in trees:
-                end = start + len(tree)
-                ids[row, start:end], positions[row, start:end] = tree.tokens, tree.positions
-                attends[row, start:end, :past] = True
-                attends[row, start:end, past + start : past + end] = tree.ancestors()
-                start = end
+        for row, tree in enumerate(step.rows):
+            attends[row, : len(tree), :past] = True
+            attends[row, : len(tree), past : past + len(tree)] = tree.ancestors()
         at = torch.from_numpy(positions).to(self.device)
-        cache = _branch(before, height) if before is not None else DynamicCache() if step.keep else None
+        seen = torch.ones(height, past + width, dtype=torch.long, device=self.device)
         with _attending(torch.from_numpy(attends).to(self.device), at, past):
-            output = self.model.get_decoder()(
-                input_ids=torch.from_numpy(ids).to(self.device),
-                attention_mask=torch.ones(height, past + width, dtype=torch.long, device=self.device),
-                position_ids=at,
-                cache=cache,
-                use_cache=cache is not None,
-            )
-        return output.last_hidden_state, cache
+            return decoder(**settings, attention_mask=seen, position_ids=at).last_hidden_state, cache
 
     def _write(self, step: Step, hidden: Tensor, scores: np.ndarray) -> None:
-        nodes, targets, slots = [], [], []
-        for row, trees in enumerate(step.rows):
-            start = row * step.width
-            for tree in trees:
-                nodes.append(tree.nodes + start)
-                targets.append(tree.targets)
-                slots.append(tree.slots)
-                start += len(tree)
-        places, which = np.unique(np.concatenate(nodes), return_inverse=True)
+        nodes = np.concatenate([tree.nodes + row * step.width for row, tree in enumerate(step.rows)])
+        places, which = np.unique(nodes, return_inverse=True)
         if not len(places):
             return
         hidden = hidden.flatten(0, 1)[torch.from_numpy(places).to(self.device)]
         rows = torch.from_numpy(which).to(self.device)
-        target = torch.from_numpy(np.concatenate(targets)).to(self.device)
+        target = torch.from_numpy(np.concatenate([tree.targets for tree in step.rows])).to(self.device)
         parts = []
         chunk = max(1, LOGITS // self.model.config.get_text_config().vocab_size)
         for start in range(0, len(places), chunk):
             logits = output_head(self.model, hidden[start : start + chunk])
             first, last = np.searchsorted(which, [start, start + chunk])
             parts.append(_likelihoods(logits, rows[first:last] - start, target[first:last]))
-        scores[:, np.concatenate(slots)] = torch.cat(parts, dim=1).cpu().double().numpy()
+        slots = np.concatenate([tree.slots for tree in step.rows])
+        scores[:, slots] = torch.cat(parts, dim=1).cpu().double().numpy()
 
     def _rescales(self, tokens: int) -> bool:
         """Whether an input of `tokens` would be embedded otherwise as a whole than as a prefix and what follows it."""

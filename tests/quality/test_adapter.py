@@ -189,6 +189,7 @@ def test_the_record_of_a_task_names_what_was_asked(evaluation):
         "documents": 6,
         "num_fewshot": 0,
         "batch": 4,
+        "token_budget": 1024,
         "limit": 6,
     }
     assert len(digest) == 64

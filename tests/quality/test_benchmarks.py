@@ -21,6 +21,7 @@ from spath_eval import UsageError
 from spath_eval.collection import Limits
 from spath_eval.quality import benchmarks
 from spath_eval.quality.benchmarks import STOCK, load_tasks, unscored
+from spath_eval.quality.sandbox import unavailable
 from spath_eval.registry import Registry
 from spath_eval.tasks import FOLDER
 
@@ -324,7 +325,7 @@ def test_only_the_splits_that_are_used_are_read(one):
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "mbpp_instruct"])
 def test_tasks_that_execute_code_generate_and_log_but_have_no_metric(name, data):
     tasks = load_tasks([name, "gsm8k"], data_dir=data, num_fewshot=0)
-    assert unscored(tasks[name]) == "code is not executed"
+    assert unscored(tasks[name]) == "code is executed only with --allow-code-execution"
     assert unscored(tasks["gsm8k"]) is None
     found = lm_eval.evaluate(
         DummyLM(), {"tasks": tasks}, log_samples=True, confirm_run_unsafe_code=True, bootstrap_iters=0
@@ -336,6 +337,42 @@ def test_tasks_that_execute_code_generate_and_log_but_have_no_metric(name, data)
         assert row["metrics"] == []
         assert row["resps"] == [["lol"]]
         assert row["filtered_resps"]
+
+
+def _solved(data, answers):
+    """The scores of humaneval and mbpp where the model writes `answers`."""
+    tasks = load_tasks(["humaneval", "mbpp"], data_dir=data, num_fewshot=0, allow_code_execution=True)
+
+    class Writer(DummyLM):
+        def generate_until(self, requests, disable_tqdm=True):
+            return [answers[request.task_name][request.doc_id] for request in requests]
+
+    settings = {"log_samples": True, "confirm_run_unsafe_code": True, "bootstrap_iters": 0}
+    return tasks, lm_eval.evaluate(Writer(), {"tasks": tasks}, **settings)["results"]
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=f"no sandbox: {unavailable()}")
+def test_with_permission_code_is_executed_in_the_sandbox(data):
+    answers = {
+        "humaneval": [row["canonical_solution"] for row in ROWS["humaneval"]["test"]],
+        "mbpp": [row["code"] for row in ROWS["mbpp"]["test"]],
+    }
+    tasks, right = _solved(data, answers)
+    assert [unscored(task) for task in tasks.values()] == [None, None]
+    assert (right["humaneval"]["pass@1,create_test"], right["mbpp"]["pass_at_1,none"]) == (1, 1)
+    wrong = {name: ["    raise SystemExit(0)", *texts[1:]] for name, texts in answers.items()}
+    _, found = _solved(data, wrong)
+    assert found["humaneval"]["pass@1,create_test"] == pytest.approx(2 / 3)
+    assert found["mbpp"]["pass_at_1,none"] == pytest.approx(2 / 3)
+
+
+def test_where_code_cannot_be_contained_its_task_is_refused(data, monkeypatch):
+    monkeypatch.setattr("spath_eval.quality.sandbox.unavailable", lambda: "the kernel refuses it")
+    with pytest.raises(
+        UsageError, match="humaneval executes code, which cannot be contained here: the kernel refuses it"
+    ):
+        load_tasks(["humaneval"], data_dir=data, allow_code_execution=True)
+    assert load_tasks(["humaneval"], data_dir=data)
 
 
 def test_nothing_stays_patched(data):
