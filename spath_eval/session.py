@@ -696,8 +696,13 @@ def _unmeasured(task: str, reason: str, dense: Evaluation) -> dict[str, Any]:
 
 
 def _paired(before: Scores, after: Scores, level: float | None, level_reason: str | None, seed: int) -> dict[str, Any]:
-    if before.per_document.keys() != after.per_document.keys():
+    if (before.per_document.keys(), before.likelihoods.keys()) != (after.per_document.keys(), after.likelihoods.keys()):
         raise GateError(f"{before.task}: the two arms were not scored on the same documents and prompts")
+    if before.likelihoods:
+        arms = [list(before.likelihoods.values()), [after.likelihoods[key] for key in before.likelihoods]]
+        change = dataclasses.asdict(statistics.corpus_difference(before.metric, *arms, seed=seed))
+        scale = {} if before.metric == "bits_per_byte" else {"scale": "logarithm of sparse / dense"}
+        return {"difference": change | scale, "retention": {"value": None, "ci95": None, "reason": level_reason}}
     if not before.per_document:
         reason = "the metric is no mean over documents"
         unpaired = {"value": after.value - before.value, "ci95": None, "p_value": None, "lost": 0, "gained": 0}

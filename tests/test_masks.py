@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from spath_eval import UsageError
-from spath_eval.masks import Mask, drop_all, keep_all, remove_experts, remove_lowest
+from spath_eval.masks import Mask, drop_all, jaccard, keep_all, remove_experts, remove_lowest
 from spath_eval.plugins.architectures.gemma import GEMMA
 from spath_eval.plugins.architectures.moe import MOE
 
@@ -94,6 +94,47 @@ def test_the_experts_that_are_routed_to_least_go_at_every_site(sparsity):
 def test_where_there_are_no_experts_none_can_be_removed():
     with pytest.raises(UsageError, match="no routed experts"):
         remove_experts(Mask({"a": torch.ones(8, dtype=torch.bool)}), {}, 0.25)
+
+
+def removed_neurons(mask):
+    return {(path, *place) for path, keep in mask.keep.items() for place in (~keep).nonzero().tolist()}
+
+
+def test_jaccard_counts_the_neurons_that_both_masks_remove_among_those_that_either_does():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        Mask({"a": torch.rand(64, generator=generator) > 0.3, "b": torch.rand(4, 20, generator=generator) > share})
+        for share in (0.5, 0.1)
+    )
+    one, other = removed_neurons(first), removed_neurons(second)
+    assert 0 < len(one & other) < min(len(one), len(other))
+    assert jaccard(first, second) == jaccard(second, first) == len(one & other) / len(one | other)
+    assert jaccard(first, first) == 1
+
+
+def test_jaccard_of_unrelated_masks_is_what_chance_gives():
+    generator = torch.Generator().manual_seed(0)
+    masks = [remove_lowest({"a": torch.rand(100_000, generator=generator)}, 0.15) for _ in range(2)]
+    assert jaccard(*masks) == pytest.approx(0.15 / (2 - 0.15), abs=0.005)
+
+
+def test_jaccard_at_its_ends():
+    nothing = Mask({"a": torch.ones(8, dtype=torch.bool)})
+    half = Mask({"a": torch.arange(8) < 4})
+    rest = Mask({"a": torch.arange(8) >= 4})
+    assert jaccard(nothing, nothing) == 1
+    assert jaccard(nothing, half) == jaccard(half, rest) == 0
+
+
+@pytest.mark.parametrize("other", [{"b": [8]}, {"a": [8], "b": [8]}, {"a": [4]}, {"a": [2, 8]}, {"a": [1]}])
+def test_jaccard_is_of_masks_of_the_same_sites(other):
+    masks = [
+        Mask({path: torch.ones(shape, dtype=torch.bool) for path, shape in part.items()})
+        for part in ({"a": [8]}, other)
+    ]
+    for pair in (masks, masks[::-1]):
+        with pytest.raises(ValueError, match="not of the same sites"):
+            jaccard(*pair)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -516,7 +517,7 @@ def test_a_run_can_be_started_from_python(work_folder, tiny_checkpoint, short_te
 
 
 ROWS = Path(__file__).parent / "data" / "rows"
-"""Rows written for these tests, in the form of those of gsm8k and arc_easy."""
+"""Rows written for these tests, in the form of those of gsm8k, arc_easy, lambada_openai and wikitext."""
 
 
 def test_benchmarks_are_evaluated_on_rows_from_a_folder(run):
@@ -542,6 +543,28 @@ def test_with_rows_at_hand_a_domain_is_evaluated_on_its_public_benchmarks(run, m
     assert {entry["task"] for entry in run("-o", "again.json").record["tasks"]} == {"gsm8k"}
     own = run("--tasks", "math=spath_math_choice", "-o", "own.json").record
     assert {entry["task"] for entry in own["tasks"]} == {"spath_math_choice"}
+
+
+def test_perplexities_are_compared_by_their_logarithms_document_by_document(run):
+    outcome = run("--data-dir", ROWS, "--domain", "language", "--sparsity", "0.5", "--no-controls")
+    assert outcome.status == 0
+    records.validate(outcome.record)
+    (case,) = outcome.record["cases"]
+    entries = {(entry["task"], entry["metric"]): entry for entry in case["quality"]}
+    assert sorted(entries) == [
+        ("lambada_openai", "acc"),
+        ("lambada_openai", "perplexity"),
+        ("wikitext", "bits_per_byte"),
+        ("wikitext", "byte_perplexity"),
+        ("wikitext", "word_perplexity"),
+    ]
+    for (_, metric), entry in entries.items():
+        dense, sparse = entry["dense"]["value"], entry["sparse"]["value"]
+        change = math.log(sparse / dense) if "perplexity" in metric else sparse - dense
+        assert entry["difference"]["value"] == pytest.approx(change)
+        low, high = entry["difference"]["ci95"]
+        assert low <= change <= high
+    assert "x1." in outcome.out or "x0." in outcome.out
 
 
 def test_the_number_of_examples_can_be_chosen(run):

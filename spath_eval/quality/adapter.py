@@ -37,6 +37,7 @@ from spath_eval.pathways import Exercise, PromptPathway
 from spath_eval.profiling import cache_folder
 from spath_eval.quality.benchmarks import unscored
 from spath_eval.quality.scorer import SpathLM
+from spath_eval.quality.statistics import CORPUS_METRICS, corpus_value
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 log = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Scores:
     stderr: float | None
     per_document: Mapping[str, float]
     """Document id and hash to its score; empty where the metric is no mean over documents."""
+    likelihoods: Mapping[str, Any] = field(default_factory=dict)
+    """The same with what lm-eval logs, where the metric is one of `statistics.CORPUS_METRICS`."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -241,7 +244,10 @@ def _scores(name: str, results: Any) -> Iterator[Scores]:
             for row in results["samples"][name]
             if row["filter"] == filter_name and metric in row
         }
+        likelihoods = {}
         if not _is_mean(value, per_document.values()):
+            if _is_of_corpus(metric, value, list(per_document.values())):
+                likelihoods = per_document
             per_document = {}
         yield Scores(
             name,
@@ -251,6 +257,7 @@ def _scores(name: str, results: Any) -> Iterator[Scores]:
             float(value),
             stdev(per_document.values()) / len(per_document) ** 0.5 if len(per_document) > 1 else None,
             {key: float(score) for key, score in per_document.items()},
+            likelihoods,
         )
 
 
@@ -277,6 +284,11 @@ def _is_mean(value: float, scores: Collection[Any]) -> bool:
     if not scores or not all(isinstance(score, int | float) for score in scores):
         return False
     return math.isclose(value, sum(scores) / len(scores), rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _is_of_corpus(metric: str, value: float, likelihoods: Sequence[Any]) -> bool:
+    """Whether a metric's value is a perplexity, or bits per byte, of what was logged per document."""
+    return metric in CORPUS_METRICS and math.isclose(value, corpus_value(metric, likelihoods), rel_tol=1e-6)
 
 
 def chance(task: ConfigurableTask, metric: str, limit: int | None) -> tuple[float | None, str | None]:

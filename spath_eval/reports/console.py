@@ -145,7 +145,7 @@ def _quality(cases: Sequence[Mapping[str, Any]], note: Note) -> _Table:
                     str(entry.get("documents", "-")),
                     _decimals(_get(entry, "dense", "value")),
                     _decimals(_get(entry, "sparse", "value")),
-                    _estimate(difference, note, "+.3f"),
+                    _change(difference, note),
                     _p_value(difference.get("p_value")),
                     _estimate(entry.get("retention", {}), note, ".2f"),
                     "-" if difference.get("lost") is None else f"{difference['lost']}/{difference['gained']}",
@@ -253,6 +253,14 @@ def _timing(entry: Mapping[str, Any], phase: str, note: Note) -> str:
     text = _estimate({**timing, "value": timing["ratio"]}, note, ".2f")
     text += f" / {ceiling:.2f}" if ceiling is not None else " / -"
     return f"{text} {note(ABOVE_CEILING)}" if ceiling is not None and interval and interval[0] > ceiling else text
+
+
+def _change(difference: Mapping[str, Any], note: Note) -> str:
+    """A difference; of perplexities, which are compared by logarithms, the ratio."""
+    if "scale" not in difference:
+        return _estimate(difference, note, "+.3f")
+    low, high = difference["ci95"]
+    return f"x{math.exp(difference['value']):.3f} [x{math.exp(low):.3f}, x{math.exp(high):.3f}]"
 
 
 def _estimate(found: Mapping[str, Any], note: Note, form: str) -> str:

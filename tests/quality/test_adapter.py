@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lm_eval
 import pytest
 from lm_eval.models.huggingface import HFLM
@@ -152,6 +154,8 @@ def test_a_perplexity_has_no_chance_level_but_a_value(loaded, folder):
     assert not score.higher_is_better
     assert score.per_document == {}  # those are log-likelihoods, whose mean is no perplexity
     assert score.stderr is None
+    assert len(score.likelihoods) == 6
+    assert score.value == pytest.approx(math.exp(-sum(score.likelihoods.values()) / 6))
     assert len(found.scores["toy_perplexity", "acc", "none"].per_document) == 6
 
 
