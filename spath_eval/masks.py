@@ -151,6 +151,20 @@ def remove_experts(mask: Mask, scores: Mapping[str, torch.Tensor], sparsity: flo
     return Mask(mask.keep, mask.provenance, experts)
 
 
+def jaccard(first: Mask, second: Mask) -> float:
+    """Of the neurons that either mask removes, the share that both remove; 1 where neither removes any.
+
+    Of the masks that two halves of a text give, it says how little the choice depends on the text. Of two unrelated
+    choices of the share s of all neurons it is about s / (2 - s). Raises `ValueError` for masks of different sites.
+    """
+    shapes, others = ({path: keep.shape for path, keep in mask.keep.items()} for mask in (first, second))
+    if shapes != others:
+        raise ValueError("the masks are not of the same sites")
+    both = sum(int((~keep & ~second[path]).sum()) for path, keep in first.keep.items())
+    either = sum(int((~keep | ~second[path]).sum()) for path, keep in first.keep.items())
+    return both / either if either else 1.0
+
+
 def _above_lowest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     count = round(sparsity * scores.shape[-1])
     order = scores.argsort(dim=-1, stable=True)

@@ -13,7 +13,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 WORD = re.compile(r"[^\W_]+|[+=]")
-"""A run of letters and digits: what stands between is punctuation, the underscores of emphasis among it."""
+"""A run of letters and digits, or a sign without which a sum would be any list of its numbers. The rest is punctuation,
+the underscores of emphasis among it."""
 
 
 def overlaps(calibration: Iterable[str], items: Sequence[Collection[str]], n: int = 13) -> list[bool]:
