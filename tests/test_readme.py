@@ -25,7 +25,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     for name in ("plugins", "tests"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "quietest.py").write_text(re.search(r"```python\n(.+?)```", README, flags=re.DOTALL)[1])
+    plugin = re.search(r"Save this as `quietest.py`:\n+```python\n(.+?)```", README, flags=re.DOTALL)[1]
+    (folder / "quietest.py").write_text(plugin)
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -87,6 +88,31 @@ def test_the_readmes_links_lead_somewhere():
 
 
 def test_the_readme_names_every_exit_status_and_built_in_strategy():
-    for strategy in ("negative", "random", "reverse", "keep-all"):
+    for strategy in ("negative", "specialisation", "wanda", "magnitude", "random", "reverse", "keep-all"):
         assert f"`{strategy}`" in README
     assert re.findall(r"^\| (\d) \|", README, flags=re.MULTILINE) == [str(status) for status in range(6)]
+
+
+def test_the_scorer_is_constructed_as_the_readme_says():
+    """Its example needs the hub for weights and rows; the names and keywords it uses are those that exist."""
+    import lm_eval
+
+    from spath_eval import SpathLM
+
+    example = re.search(r"```python\n(import lm_eval.+?)```", README, flags=re.DOTALL)[1]
+    made = []
+
+    class Constructed(SpathLM):
+        def __init__(self, pretrained, **settings):
+            super().__init__(str(ROOT / "plugins/zoo/gemma"), **settings)
+
+    class Called:
+        @staticmethod
+        def simple_evaluate(model, *, tasks):
+            assert callable(lm_eval.simple_evaluate)
+            made.append((model, tasks))
+
+    exec("\n".join(example.splitlines()[3:]), {"lm_eval": Called, "SpathLM": Constructed})
+    ((model, tasks),) = made
+    assert model.max_length > 0
+    assert tasks == ["arc_easy"]
