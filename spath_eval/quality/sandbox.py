@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, without trusting them, and scores them: pass@1 of humaneval and mbpp.
+"""Runs programs that a model wrote, without trusting them, and tells which of them pass.
 
 Each program runs in kernel namespaces of its own (user, pid, network, mount, ipc, uts), without privileges, network,
 environment and output, and sees no files but the interpreter's, read-only, and an empty working folder. CPU time,
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,20 +115,3 @@ def _setting(path: str) -> str | None:
         return Path(path).read_text(encoding="ascii").strip()
     except OSError:
         return None
-
-
-def humaneval_program(prompt: str, completion: str, test: str, entry_point: str) -> str:
-    """The program that passes if `completion` solves a row of HumanEval (Chen et al. 2021, section 2.2).
-
-    As in lm-eval: prompt and completion, a newline, the definition of the tests, and the call of them.
-    """
-    return f"{prompt}{completion}\n{test}\ncheck({entry_point})"
-
-
-def mbpp_program(code: str, test_list: Sequence[str], setup: str = "") -> str:
-    """The program that passes if `code` solves a row of MBPP (Austin et al. 2021).
-
-    As in lm-eval: the code, a newline, and the assertions. lm-eval leaves out `setup`, the row's `test_setup_code`,
-    without which no solution of the one row that has any can pass; it uses the solution, and so follows it.
-    """
-    return "\n".join([code, *([setup] if setup else []), *test_list])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from spath_eval.quality import sandbox
-from spath_eval.quality.sandbox import humaneval_program, mbpp_program, run, run_all, unavailable
+from spath_eval.quality.sandbox import run, run_all, unavailable
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks"
 
@@ -223,19 +223,14 @@ def test_a_kernel_that_refuses_is_quoted():
     assert "; /proc/sys/user/max_user_namespaces is 0" in said.stdout
 
 
-def test_humaneval_program_continues_the_prompt():
-    row = ("def add(a, b):\n", "def check(candidate):\n    assert candidate(2, 3) == 5\n", "add")
-    prompt, test, entry_point = row
-    assert run(humaneval_program(prompt, "    return a + b", test, entry_point)).passed
-    assert run(humaneval_program(prompt, "    return a - b", test, entry_point)).reason == "failed: AssertionError"
-    assert run(humaneval_program(prompt, "    return c", test, entry_point)).reason == "failed: NameError"
+def humaneval_program(prompt, completion, test, entry_point):
+    """As lm-eval joins a row of humaneval and an answer."""
+    return f"{prompt}{completion}\n{test}\ncheck({entry_point})"
 
 
-def test_mbpp_program_runs_every_assertion_after_the_setup():
-    code, tests, setup = "class A: x = 1\r\ndef f(): return A.x", ["assert f() == 1", "assert a.x == 1"], "a = A()"
-    assert run(mbpp_program(code, tests, setup)).passed
-    assert run(mbpp_program(code, tests)).reason == "failed: NameError"
-    assert run(mbpp_program(code, [*tests, "assert f() == 2"], setup)).reason == "failed: AssertionError"
+def mbpp_program(code, tests, setup):
+    """As lm-eval joins a row of mbpp and an answer, with the set-up that one row needs."""
+    return "\n".join([code, setup, *tests])
 
 
 def rows(task):
