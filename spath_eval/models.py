@@ -17,11 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from spath_eval.contracts import FFN, Architecture, LoadRequest, UsageError
-from spath_eval.sites import Site, guess_sites
+from spath_eval.sites import Site, guess_sites, is_packed, quantisation, stored
 
 if TYPE_CHECKING:
     from spath_eval.registry import Registry
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""Ways to spread a model over all devices, as transformers calls them."""
 
 
 def resolve_device(device: str) -> str:
@@ -46,6 +56,16 @@ def resolve_device(device: str) -> str:
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {device!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def check_device_map(device_map: str | None, device: str) -> None:
+    """Raises `UsageError` for an unknown way to spread a model, and for a device that is named beside one."""
+    if device_map is None:
+        return
+    if device_map not in DEVICE_MAPS:
+        raise UsageError(f"unknown device map {device_map!r}: use {', '.join(DEVICE_MAPS)}")
+    if device != "auto":
+        raise UsageError("--device-map spreads a model over all devices, and --device names one: give one of the two")
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
@@ -98,23 +118,27 @@ class GuessedArchitecture(Architecture):
 
 
 def load(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in evaluation mode on its device, and its tokenizer. Raises `UsageError` for what cannot be loaded."""
+    """The model, placed and in evaluation mode, and its tokenizer. Raises `UsageError` for what cannot be loaded."""
     source = _source(request.reference, request.revision)
-    model_type = read_config(request.reference, request.revision).model_type
+    config = read_config(request.reference, request.revision)
     auto_classes = request.architecture.auto_classes if request.architecture else {}
-    auto_class = auto_classes.get(model_type, "AutoModelForCausalLM")
+    auto_class = auto_classes.get(config.model_type, "AutoModelForCausalLM")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with _one_line_errors(request.reference, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where no file is found
         raise UsageError(f"{request.reference}: its tokenizer is missing, or has no vocabulary")
-    placement: dict[str, Any] = {"device_map": request.device_map} if request.device_map else {}
-    if "gguf_file" not in source:
+    placement: Any = request.device_map
+    if placement is None and quantisation(config):
+        placement = {"": request.device}  # packed weights cannot always be moved later
+    if "gguf_file" in source:
+        source["quantization_config"] = GgufConfig(dequantize=True)  # what stays packed has no compact execution
+    else:
         source["use_safetensors"] = True
     with _one_line_errors(request.reference, "weights"):
         model, report = getattr(transformers, auto_class).from_pretrained(
-            **source, dtype=DTYPES[request.dtype], output_loading_info=True, **placement
+            **source, dtype=DTYPES[request.dtype], output_loading_info=True, device_map=placement
         )
     if missing := sorted(report["missing_keys"]):
         raise UsageError(
@@ -125,26 +149,72 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         log.warning(
             "%s: the model has no place for %d weights, %s among them", request.reference, len(unused), unused[0]
         )
-    if not request.device_map:
+    if placement is None:
         model = model.to(request.device)
+    if device_map(model):
+        _settle(request.reference, model)
     return model.eval().requires_grad_(False), tokenizer
 
 
+def _settle(reference: str, model: PreTrainedModel) -> None:
+    """Make the decoder of a model that accelerate has spread hand out its hidden states where its inputs came from."""
+    if model.device.type == "meta":
+        raise UsageError(f"{reference}: no device has room for its input embeddings beside the largest layer")
+    weights = list(model.parameters())
+    if offloaded := sum(weight.nbytes for weight in weights if weight.is_meta):
+        log.warning(
+            "%s: %.0f%% of its weights are offloaded to main memory or disk, and loaded anew for every forward",
+            reference,
+            100 * offloaded / sum(weight.nbytes for weight in weights),
+        )
+    hook = AlignDevicesHook(io_same_device=True, skip_keys=model._skip_keys_device_placement)
+    add_hook_to_module(model.get_decoder(), hook, append=True)
+
+
+def device_map(model: PreTrainedModel) -> dict[str, str] | None:
+    """Where accelerate has put the parts of a model: module path to device, `cpu` or `disk`; none where not spread."""
+    placed = getattr(model, "hf_device_map", None)
+    return placed and {path: str(place) for path, place in placed.items()}
+
+
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the configuration and every weight as loaded: names, types, shapes and bytes."""
+    """SHA-256 over the configuration and every weight as loaded: names, types, shapes and bytes.
+
+    It does not depend on which devices the weights lie on.
+    """
     configuration = model.config.to_json_string(use_diff=False)
     tensors = sorted([*model.named_parameters(), *model.named_buffers()])
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(
-            f"{name}{tensor.dtype}{list(tensor.shape)}".encode() + hashlib.sha256(data.data).digest()
-        ).digest()
+        path, _, own_name = name.rpartition(".")
+        data = stored(model.get_submodule(path), own_name).detach().cpu().contiguous().flatten()
+        about = f"{name}{tensor.dtype}{list(tensor.shape)}".encode()
+        return hashlib.sha256(about + hashlib.sha256(data.view(torch.uint8).numpy().data).digest()).digest()
 
     with ThreadPoolExecutor(2) as pool:
         parts = b"".join(pool.map(digest, tensors))
     return hashlib.sha256(_without_paths(configuration).encode() + parts).hexdigest()
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Number of weights: tied ones once, and of packed matrices the numbers that these stand for."""
+    total, packed = 0, []
+    for path, module in model.named_modules():
+        if is_packed(module):
+            packed.append(f"{path}.")
+            total += module.in_features * module.out_features
+            total += module.bias.numel() if isinstance(getattr(module, "bias", None), torch.Tensor) else 0
+    return total + sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(tuple(packed)) and name not in model.all_tied_weights_keys
+    )
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all weights, tied ones once."""
+    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -156,8 +226,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def output_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits `[..., vocabulary]` in float32 of final hidden states `[..., hidden]`, soft-capped where the model is."""
-    logits = model.get_output_embeddings()(hidden).float()
+    """Logits `[..., vocabulary]` in float32 of final hidden states `[..., hidden]`, soft-capped where the model is.
+
+    They are on the device of `hidden`, whichever one the head is on.
+    """
+    logits = model.get_output_embeddings()(hidden).to(hidden.device).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -234,7 +307,10 @@ class _one_line_errors:
             or isinstance(error, UsageError)
         ):
             return
-        raise UsageError(f"{self.reference}: its {self.part} cannot be loaded: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if "offload_folder" in reason:
+            reason = "they do not fit into memory, and as they are stored in another form, they cannot stay on disk"
+        raise UsageError(f"{self.reference}: its {self.part} cannot be loaded: {reason}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -72,7 +72,7 @@ class StaticPathway(Pathway):
         mask.check(sites)
         self.mask = mask
         self.execution = execution
-        self._keep = {site.path: mask[site.path].to(site.down.device) for site in sites}
+        self._keep = {site.path: mask[site.path].to(site.device) for site in sites}
         self._modules = {site.path: site.compact(mask) for site in sites} if execution == "compact" else {}
 
     def compact_module(self, site: Site) -> nn.Module:
@@ -90,7 +90,7 @@ class StaticPathway(Pathway):
 
     def removed_experts(self, site: Site) -> Tensor | None:
         chosen = self.mask.experts.get(site.path)
-        return None if chosen is None else ~chosen.to(site.down.device)
+        return None if chosen is None else ~chosen.to(site.device)
 
     def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
         if self.execution == "compact":
@@ -104,7 +104,8 @@ class TokenPathway(Pathway):
 
     def __init__(self, sites: Sequence[Site], strategy: Strategy, context: Context) -> None:
         super().__init__(sites)
-        self.strategy, self.context = strategy, context
+        self.strategy = strategy
+        self.context = replace(context, prepared=strategy.prepare(context))
         self._decided: dict[str, Tensor] = {}
         self.kept, self.total = 0, 0
 
@@ -116,7 +117,7 @@ class TokenPathway(Pathway):
             yield
 
     def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
-        unasked = torch.zeros(site.width, dtype=torch.bool, device=site.down.device)
+        unasked = torch.zeros(site.width, dtype=torch.bool, device=site.device)
         return self._decided.pop(site.path, unasked)
 
     @property
@@ -163,7 +164,7 @@ class PromptPathway(Pathway):
             yield
 
     def expected(self, site: Site, seen: Observation) -> Tensor | int | None:
-        return None if self.mask is None else self.mask[site.path].to(site.down.device)
+        return None if self.mask is None else self.mask[site.path].to(site.device)
 
     @property
     def achieved(self) -> float:
@@ -288,26 +289,29 @@ def check_neutrality(model: PreTrainedModel, sites: Sequence[Site], probe: Batch
 def check_parity(model: PreTrainedModel, pathway: StaticPathway, probe: Batch) -> dict[str, Any]:
     """Compact must equal masked at every site on identical inputs. Raises `GateError` otherwise.
 
-    The inputs are those that each site meets while the model runs masked.
+    The inputs are those that each site meets while the model runs masked. Compact modules meet them when nothing is
+    masked any more, so that one which runs the dense FFN is found out.
     """
+    calls: dict[str, tuple[list[Tensor], Tensor]] = {}
     differences: dict[str, float] = {}
     masked = StaticPathway(pathway.sites, pathway.mask, "masked")
 
-    def compare(site: Site, compact: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            scale = float(output.abs().max())
-            # a site that is kept whole has no module of its own, and calling this one again would never end
-            difference = 0.0 if compact is module else float((compact(*inputs) - output).abs().max())
-            differences[site.path] = difference / scale if scale else difference
-
-        return hook
+    def remember(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[path] = [value.clone() for value in inputs], output.clone()
 
     with ExitStack() as stack:
         stack.enter_context(masked.applied())
         for site in pathway.sites:
-            handle = site.module.register_forward_hook(compare(site, pathway.compact_module(site)))
+            handle = site.module.register_forward_hook(partial(remember, site.path))
             stack.callback(handle.remove)
         reference = _logits(model, probe)
+    for site in pathway.sites:
+        if site.path in calls:
+            inputs, output = calls.pop(site.path)
+            with torch.inference_mode():
+                difference = float((pathway.compact_module(site)(*inputs) - output).abs().max())
+            scale = float(output.abs().max())
+            differences[site.path] = difference / scale if scale else difference
     with pathway.applied():
         logits = _logits(model, probe)
     tolerance = PARITY_TOLERANCE[model.dtype]

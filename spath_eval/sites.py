@@ -4,6 +4,11 @@ A neuron is one hidden unit of an FFN; its activation is what enters the down pr
 be masked (the activations of removed neurons are set to zero: the reference) and can be compacted (their weights are
 sliced out: the same function, less work). The rest of the program knows FFNs only through `Site`. What differs between
 architectures are the shapes, of which this module has one class each.
+
+A model may be spread over devices by accelerate, whose hooks stand in for the `forward` of modules: they bring inputs
+to a module's device and, where its weights are offloaded to main memory or disk, the weights for the length of a call;
+between calls these are on the meta device. Weights may also be quantised: then activations can be masked, but there is
+nothing that could be sliced.
 """
 
 from __future__ import annotations
@@ -11,16 +16,20 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from spath_eval.contracts import FFN, UsageError
 from spath_eval.masks import Mask
@@ -56,6 +65,17 @@ class Site(ABC):
         """The dense FFN."""
         parent, _, self._name = path.rpartition(".")
         self._parent = model.get_submodule(parent)
+        self._quantisation = quantisation(model.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; its weights may lie elsewhere."""
+        return _device(self.module)
+
+    @property
+    @abstractmethod
+    def unsliceable(self) -> str | None:
+        """Why its weights cannot be sliced, so that it has no compact execution; none where they can."""
 
     @property
     @abstractmethod
@@ -75,17 +95,17 @@ class Site(ABC):
     @property
     @abstractmethod
     def gate(self) -> Tensor | None:
-        """Gate weights `[width, hidden]`, where the shape has them."""
+        """Gate weights `[width, hidden]`, where the shape has them. Raises `UsageError` where they are quantised."""
 
     @property
     @abstractmethod
     def up(self) -> Tensor:
-        """Up weights `[width, hidden]`."""
+        """Up weights `[width, hidden]`. Raises `UsageError` where they are quantised."""
 
     @property
     @abstractmethod
     def down(self) -> Tensor:
-        """Down weights `[hidden, width]`."""
+        """Down weights `[hidden, width]`. Raises `UsageError` where they are quantised."""
 
     @abstractmethod
     def observe(self, receive: Callable[[Observation], None]) -> AbstractContextManager[None]:
@@ -126,7 +146,7 @@ class Site(ABC):
 
     def masked(self, mask: Mask) -> AbstractContextManager[None]:
         """Within the context, removed neurons' activations are zero."""
-        keep = mask[self.path].to(self.down.device)
+        keep = mask[self.path].to(self.device)
         return self.filtered(lambda gate, product: keep)
 
     @abstractmethod
@@ -162,6 +182,8 @@ class DenseSite(Site):
 
     modules: tuple[str, ...] = ()
     """The fields of `FFN` that name submodules of this shape."""
+    gated = True
+    """Whether a gate is activated."""
 
     def __init__(self, model: PreTrainedModel, path: str, ffn: FFN) -> None:
         super().__init__(model, path, ffn)
@@ -169,6 +191,12 @@ class DenseSite(Site):
             if not isinstance(getattr(self.module, name, None), nn.Module):
                 kind = f"{path} ({type(self.module).__name__})"
                 raise UsageError(f"{kind} has no module {name!r}, as an FFN of shape {ffn.shape!r} has")
+        for name in self._projections:
+            sizes = [getattr(self._projection(name), size, None) for size in ("in_features", "out_features")]
+            if not all(isinstance(size, int) for size in sizes):
+                raise UsageError(f"{self._described(name)}, which does not say how many values enter and leave it")
+        if len(devices := {str(_device(self._projection(name))) for name in self._projections}) > 1:
+            raise UsageError(f"{path}: its projections lie on several devices ({', '.join(sorted(devices))})")
 
     @abstractmethod
     def rows(self, kept: Tensor) -> dict[str, Tensor]:
@@ -176,11 +204,21 @@ class DenseSite(Site):
 
     @property
     def width(self) -> int:
-        return self.down.shape[1]
+        return self._projection(self.ffn.down).in_features
 
     @property
     def down(self) -> Tensor:
-        return self._projection(self.ffn.down).weight
+        return self._weight(self.ffn.down)
+
+    @property
+    def unsliceable(self) -> str | None:
+        for name in self._projections:
+            projection = self._projection(name)
+            if type(projection) is not nn.Linear or is_packed(projection):
+                return f"{self._described(name)}, whose weights cannot be sliced: --execution masked works"
+            if reason := _unsliceable_where_it_lies(projection, "weight"):
+                return f"{self.path}.{name}: {reason}: --execution masked works"
+        return None
 
     @property
     def couples_neurons(self) -> bool:
@@ -211,7 +249,7 @@ class DenseSite(Site):
             return (product.masked_fill(~kept, 0), *inputs[1:])
 
         handles = [self._projection(self.ffn.down).register_forward_pre_hook(hook)]
-        if self.gate is not None:
+        if self.gated:
             handles.append(getattr(self.module, self.ffn.activation).register_forward_hook(remember_gate))
         with _removing(*handles):
             yield
@@ -227,31 +265,39 @@ class DenseSite(Site):
             yield
 
     def compact(self, mask: Mask) -> nn.Module:
+        """In two-byte types a multiple of 8 neurons is kept: some of the removed ones, whose weights are zero then."""
         keep = mask[self.path]
         if keep.all():
             return self.module
-        kept = keep.nonzero().squeeze(-1).to(self.down.device)
+        if reason := self.unsliceable:
+            raise UsageError(reason)
+        kept = self._kept(mask)
+        real = keep[kept]
         module = _clone(self.module)
         if self.couples_neurons:
-            setattr(module, self.ffn.activation, nn.Sequential(getattr(module, self.ffn.activation), _Pick(kept)))
+            pick = _Pick(kept.to(self.device))
+            setattr(module, self.ffn.activation, nn.Sequential(getattr(module, self.ffn.activation), pick))
         for name, rows in self.rows(kept).items():
             if len(rows) < self._projection(name).out_features:
-                setattr(module, name, self._sliced(name, rows, 0))
-        setattr(module, self.ffn.down, self._sliced(self.ffn.down, kept, 1))
-        return module
+                setattr(module, name, self._sliced(name, rows, 0, real.repeat(len(rows) // max(1, len(kept)))))
+        setattr(module, self.ffn.down, self._sliced(self.ffn.down, kept, 1, real))
+        return _hooked_as(self.module, module)
 
     def kept_width(self, mask: Mask) -> int:
-        return int(mask[self.path].sum())
+        kept = int(mask[self.path].sum())
+        filled = -(-kept // ALIGNMENT) * ALIGNMENT
+        weight = getattr(self._projection(self.ffn.down), "weight", None)
+        return filled if getattr(weight, "itemsize", None) == 2 and filled < self.width else kept
 
     def weight_bytes(self, mask: Mask | None) -> int:
-        kept = torch.arange(self.width) if mask is None else mask[self.path].nonzero().squeeze(-1)
+        kept = torch.arange(self.width) if mask is None else self._kept(mask)
         down = self._projection(self.ffn.down)
-        total = down.weight[:, :1].nbytes * len(kept) + (0 if down.bias is None else down.bias.nbytes)
+        bias = 0 if down.bias is None else down.bias.nbytes  # which stays whole
+        total = bias + (_bytes(down) - bias) / self.width * len(kept)
         for name, rows in self.rows(kept).items():
             projection = self._projection(name)
-            row = projection.weight[:1].nbytes + (0 if projection.bias is None else projection.bias[:1].nbytes)
-            total += row * len(rows)
-        return total
+            total += _bytes(projection) / projection.out_features * len(rows)
+        return round(total)
 
     @contextmanager
     def down_replaced(self, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
@@ -262,28 +308,48 @@ class DenseSite(Site):
     def _projection(self, name: str) -> nn.Linear:
         return cast(nn.Linear, getattr(self.module, name))
 
-    def _sliced(self, name: str, kept: Tensor, dim: int) -> nn.Linear:
+    @property
+    def _projections(self) -> list[str]:
+        """The names of all projections."""
+        return [getattr(self.ffn, field) for field in self.modules if field != "activation"]
+
+    def _described(self, name: str) -> str:
+        method = f" (quantised by {self._quantisation})" if self._quantisation else ""
+        return f"{self.path}.{name} is a {type(self._projection(name)).__name__}{method}"
+
+    def _weight(self, name: str) -> Tensor:
         projection = self._projection(name)
-        if type(projection) is not nn.Linear:
-            raise UsageError(
-                f"{self.path}.{name} is a {type(projection).__name__}, whose weights cannot be sliced: "
-                "use --execution masked --no-speed"
-            )
-        weight = projection.weight.detach().index_select(dim, kept).contiguous()
-        bias = projection.bias
-        if bias is not None and dim == 0:
-            bias = nn.Parameter(bias.detach().index_select(0, kept), requires_grad=False)
+        if is_packed(projection):
+            raise UsageError(f"{self._described(name)}, whose weights cannot be read: take a strategy that does not")
+        return stored(projection, "weight")
+
+    def _kept(self, mask: Mask) -> Tensor:
+        """The neurons in compact execution, in their order: those that the mask keeps, and what fills them up."""
+        keep = mask[self.path]
+        missing = self.kept_width(mask) - int(keep.sum())
+        return (keep | ((~keep).cumsum(0) <= missing)).nonzero().squeeze(-1) if missing else keep.nonzero().squeeze(-1)
+
+    def _sliced(self, name: str, kept: Tensor, dim: int, real: Tensor) -> nn.Linear:
+        """A projection with the `kept` rows or columns, zero where not `real`."""
+        projection = self._projection(name)
+        weight = stored(projection, "weight").detach()
+        kept, filled = kept.to(weight.device), (~real).nonzero().squeeze(-1).to(weight.device)
         sliced = cast(nn.Linear, _clone(projection))
-        sliced.out_features, sliced.in_features = weight.shape
-        sliced.weight = nn.Parameter(weight, requires_grad=False)
-        sliced.bias = bias
-        return sliced
+        picked = weight.index_select(dim, kept).index_fill_(dim, filled, 0).contiguous()
+        sliced.weight = nn.Parameter(picked, requires_grad=False)
+        sliced.out_features, sliced.in_features = sliced.weight.shape
+        if projection.bias is not None:
+            bias = stored(projection, "bias").detach()
+            bias = bias.index_select(0, kept).index_fill_(0, filled, 0) if dim == 0 else bias
+            sliced.bias = nn.Parameter(bias, requires_grad=False)
+        return cast(nn.Linear, _hooked_as(projection, sliced))
 
 
 class PlainSite(DenseSite):
     """`down(activation(up(x)))`, often with biases: Phi, GPT-2 and the first transformers (Vaswani et al., 2017)."""
 
     modules = ("up", "down", "activation")
+    gated = False
 
     @property
     def gate(self) -> None:
@@ -291,7 +357,7 @@ class PlainSite(DenseSite):
 
     @property
     def up(self) -> Tensor:
-        return self._projection(self.ffn.up).weight
+        return self._weight(self.ffn.up)
 
     def rows(self, kept: Tensor) -> dict[str, Tensor]:
         return {self.ffn.up: kept}
@@ -305,11 +371,11 @@ class GatedSite(DenseSite):
 
     @property
     def gate(self) -> Tensor:
-        return self._projection(self.ffn.gate).weight
+        return self._weight(self.ffn.gate)
 
     @property
     def up(self) -> Tensor:
-        return self._projection(self.ffn.up).weight
+        return self._weight(self.ffn.up)
 
     def rows(self, kept: Tensor) -> dict[str, Tensor]:
         whole = torch.arange(self.width, device=kept.device)
@@ -323,18 +389,19 @@ class FusedGatedSite(DenseSite):
 
     @property
     def gate(self) -> Tensor:
-        return self._projection(self.ffn.up).weight[: self.width]
+        return self._weight(self.ffn.up)[: self.width]
 
     @property
     def up(self) -> Tensor:
-        return self._projection(self.ffn.up).weight[self.width :]
+        return self._weight(self.ffn.up)[self.width :]
 
     def rows(self, kept: Tensor) -> dict[str, Tensor]:
         return {self.ffn.up: torch.cat([kept, kept + self.width])}
 
 
 ALIGNMENT = 8
-"""Neurons: rows of 16 bytes in two-byte types, without which `torch.nn.functional.grouped_mm` refuses weights."""
+"""Neurons: rows of 16 bytes in two-byte types, without which `torch.nn.functional.grouped_mm` refuses weights, and
+tensor cores are used poorly (NVIDIA, Matrix Multiplication Background User's Guide, "Tensor Core Requirements")."""
 
 
 class ExpertsSite(Site):
@@ -348,7 +415,12 @@ class ExpertsSite(Site):
     def __init__(self, model: PreTrainedModel, path: str, ffn: FFN) -> None:
         super().__init__(model, path, ffn)
         for name in (ffn.up, ffn.down):
-            if getattr(getattr(self.module, name, None), "ndim", 0) != 3:
+            weight = getattr(self.module, name, None)
+            if self._quantisation and not _is_plain(weight):
+                raise UsageError(
+                    f"{path}.{name}: routed experts quantised by {self._quantisation} run neither masked nor compact"
+                )
+            if getattr(weight, "ndim", 0) != 3:
                 raise UsageError(f"{path} ({type(self.module).__name__}) has no fused experts {name!r}")
         if not getattr(self.module, "has_gate", True) or getattr(self.module, "has_post_expert_norm", False):
             kind = f"{path} ({type(self.module).__name__})"
@@ -358,26 +430,33 @@ class ExpertsSite(Site):
 
     @property
     def width(self) -> int:
-        return self.down.shape[2]
+        return self._down_shape(self.module)[2]
 
     @property
     def experts(self) -> int:
-        return self.down.shape[0]
+        return self._down_shape(self.module)[0]
+
+    @property
+    def unsliceable(self) -> str | None:
+        for name in (self.ffn.up, self.ffn.down):
+            if reason := _unsliceable_where_it_lies(self.module, name):
+                return f"{self.path}.{name}: {reason}: --execution masked works"
+        return None
 
     @property
     def gate(self) -> Tensor:
         """`[experts, width, hidden]`."""
-        return self._gate_up(self.module)[:, self._rows[0]]
+        return self._weight(self.ffn.up)[:, self._rows[0]]
 
     @property
     def up(self) -> Tensor:
         """`[experts, width, hidden]`."""
-        return self._gate_up(self.module)[:, self._rows[1]]
+        return self._weight(self.ffn.up)[:, self._rows[1]]
 
     @property
     def down(self) -> Tensor:
         """`[experts, hidden, width]`."""
-        return self._down(self.module)
+        return self._weight(self.ffn.down)
 
     @contextmanager
     def observe(self, receive: Callable[[Observation], None]) -> Iterator[None]:
@@ -399,7 +478,7 @@ class ExpertsSite(Site):
 
     @contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        keep = mask[self.path].to(self.down.device)
+        keep = mask[self.path].to(self.device)
         if keep.all():
             yield
             return
@@ -423,7 +502,7 @@ class ExpertsSite(Site):
             if not told:
                 chosen = inputs[1].flatten()
                 tokens = torch.arange(len(chosen), device=chosen.device) // inputs[1].shape[1]
-                values = torch.ones(len(chosen), self._down(module).shape[2], device=chosen.device)
+                values = torch.ones(len(chosen), self._down_shape(module)[2], device=chosen.device)
                 receive(Observation(values, tokens, chosen))
 
         self._watchers.append(tell)
@@ -439,10 +518,16 @@ class ExpertsSite(Site):
     def compact(self, mask: Mask) -> nn.Module:
         """Experts keep an equal number of neurons, as the fused parameters demand, a multiple of 8, as grouped matrix
         products do: what is missing is filled up with neurons whose weights are zero."""
-        keep = mask[self.path].to(self.down.device)
+        keep = mask[self.path]
         if keep.all():
             return self.module
+        if reason := self.unsliceable:
+            raise UsageError(reason)
         module = _clone(self.module)
+        names = [self.ffn.up, self.ffn.down]
+        for name in names + [f"{name}_bias" for name in names if self._has_bias]:
+            setattr(module, name, nn.Parameter(stored(self.module, name).detach(), requires_grad=False))
+        keep = keep.to(getattr(module, self.ffn.down).device)
         if self.path in mask.experts:
             chosen = mask.experts[self.path].to(keep.device)
             self._pick_experts(module, chosen)
@@ -450,7 +535,7 @@ class ExpertsSite(Site):
         # A stable sort puts each expert's kept neurons first, in their order.
         kept = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.kept_width(mask)]
         self._slice(module, kept, keep.gather(1, kept))
-        return module
+        return _hooked_as(self.module, module)
 
     @contextmanager
     def routed(self, mask: Mask) -> Iterator[None]:
@@ -459,10 +544,10 @@ class ExpertsSite(Site):
         if self.path not in mask.experts:
             yield
             return
-        removed = ~mask.experts[self.path].to(self.down.device)
+        removed = ~mask.experts[self.path].to(_device(self.router))
         if reason := self._unroutable(mask.experts[self.path]):
             raise UsageError(f"{self.path}: {reason}")
-        original = self.router.forward
+        original = getattr(self.router, OWN_FORWARD, self.router.forward)
 
         def forward(*inputs: Any, **options: Any) -> Any:
             with _Excluding(removed, logits=self.ffn.routes_by_logits):
@@ -508,13 +593,15 @@ class ExpertsSite(Site):
             return slice(None, self.width), slice(self.width, None)
         return slice(0, None, 2), slice(1, None, 2)
 
-    def _gate_up(self, module: nn.Module) -> Tensor:
-        weight = cast(Tensor, getattr(module, self.ffn.up))
+    def _weight(self, name: str) -> Tensor:
+        weight = stored(self.module, name)
         return weight.transpose(1, 2) if self._transposed else weight
 
-    def _down(self, module: nn.Module) -> Tensor:
-        weight = cast(Tensor, getattr(module, self.ffn.down))
-        return weight.transpose(1, 2) if self._transposed else weight
+    def _down_shape(self, module: nn.Module) -> tuple[int, int, int]:
+        """Experts, hidden size and width."""
+        experts, *sizes = cast(Tensor, getattr(module, self.ffn.down)).shape
+        hidden, width = reversed(sizes) if self._transposed else sizes
+        return experts, hidden, width
 
     def _slice(self, module: nn.Module, kept: Tensor, real: Tensor) -> None:
         """Replace the parameters of `module` by those of `kept` neurons `[experts, kept]`, zero where not `real`."""
@@ -544,7 +631,7 @@ class ExpertsSite(Site):
             picked = cast(Tensor, getattr(module, name)).detach()[chosen]
             setattr(module, name, nn.Parameter(picked, requires_grad=False))
         module.__dict__["num_experts"] = int(chosen.sum())
-        number = chosen.cumsum(0) - 1
+        number = (chosen.cumsum(0) - 1).to(self.device)
         original = type(module).forward
 
         def forward(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -590,7 +677,7 @@ class ExpertsSite(Site):
 
     def _product(self, expert: int, rows: Tensor) -> Tensor:
         bias = getattr(self.module, f"{self.ffn.up}_bias")[expert] if self._has_bias else None
-        gate_up = nn.functional.linear(rows, self._gate_up(self.module)[expert], bias)
+        gate_up = nn.functional.linear(rows, self._weight(self.ffn.up)[expert], bias)
         return cast(Any, self.module)._apply_gate(gate_up)
 
     def _output(self, expert: int, rows: Tensor) -> Tensor:
@@ -723,27 +810,112 @@ def _all_tokens(values: Tensor) -> Observation:
     return Observation(rows, torch.arange(len(rows), device=rows.device))
 
 
+def quantisation(config: PreTrainedConfig) -> str | None:
+    """The method by which a model's weights are quantised, with its bits where it says so; none where they are not."""
+    found = getattr(config, "quantization_config", None)
+    found = found or getattr(config.get_text_config(), "quantization_config", None)
+    if found is None:
+        return None
+    about = found if isinstance(found, dict) else found.to_dict()
+    bits = about.get("bits") or (8 if about.get("load_in_8bit") else 4 if about.get("load_in_4bit") else None)
+    method = about.get("quant_method") or "bitsandbytes"  # whose oldest configurations do not name it
+    return f"{getattr(method, 'value', method)}{f', {bits} bits' if bits else ''}"
+
+
+def stored(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of `module`, from where it is offloaded to if it is."""
+    tensor = cast(Tensor, getattr(module, name))
+    hook = _hook(module)
+    return hook.weights_map[name] if tensor.is_meta and hook is not None and hook.offload else tensor
+
+
+def is_packed(module: Any) -> bool:
+    """Whether `module` is a linear layer whose weight is not a plain matrix of numbers."""
+    sizes: list[Any] = [getattr(module, name, None) for name in ("out_features", "in_features")]
+    return all(isinstance(size, int) for size in sizes) and not _is_plain(getattr(module, "weight", None), sizes)
+
+
+OWN_FORWARD = "_old_forward"
+"""What accelerate's hook calls, in a module that has one."""
+
+
+def _hook(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    return hook if isinstance(hook, AlignDevicesHook) else None
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where `module` computes."""
+    for part in module.modules():
+        hook = _hook(part)
+        if hook is not None and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+        for tensor in chain(part.parameters(recurse=False), part.buffers(recurse=False)):
+            return tensor.device
+    raise ValueError(f"a {type(module).__name__} has no weights, and so no device")
+
+
+def _is_plain(weight: Any, shape: Sequence[int] | None = None) -> bool:
+    """Whether `weight` holds numbers, neither packed nor in need of scales, and has that shape."""
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
+        return False
+    return shape is None or list(weight.shape) == list(shape)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))
+
+
+def _unsliceable_where_it_lies(module: nn.Module, name: str) -> str | None:
+    """Why a weight of numbers cannot be sliced all the same; none where it can."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None and _hook(module) is None:
+        return f"accelerate's {type(hook).__name__} cannot be had on sliced weights"
+    weights: Any = getattr(hook, "weights_map", None)
+    loader = weights.dataset if isinstance(weights, PrefixedDataset) else None
+    if isinstance(loader, OffloadedWeightsLoader) and f"{weights.prefix}{name}" not in loader.state_dict:
+        return "its weights are offloaded to disk, and slices of them would have to stay in memory"
+    return None
+
+
 def _clone(module: nn.Module) -> nn.Module:
-    """A module of the same class that shares parameters and submodules, but whose submodules can be replaced."""
+    """A module of the same class that shares parameters and submodules, but whose submodules can be replaced.
+
+    accelerate's hook is left behind: it would run the module that was cloned.
+    """
     clone = module.__class__.__new__(module.__class__)
+    hooking = {"_hf_hook", OWN_FORWARD, "forward"} if hasattr(module, "_hf_hook") else set()
     clone.__dict__ = {
-        name: copy.copy(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()
+        name: copy.copy(value) if isinstance(value, dict) else value
+        for name, value in module.__dict__.items()
+        if name not in hooking
     }
     return clone
 
 
+def _hooked_as(module: nn.Module, clone: nn.Module) -> nn.Module:
+    """The clone of a `module` with a hook of its own, where that has one: it computes and is offloaded as that is."""
+    if (hook := _hook(module)) is None:
+        return clone
+    hook = copy.copy(hook)
+    hook.weights_map = hook.tied_params_map = None
+    hook.tied_params_names = set()
+    return add_hook_to_module(clone, hook)
+
+
 @contextmanager
 def _forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context, calls of `module` run `forward`."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+    """Within the context, calls of `module` run `forward`, inside of accelerate's hook where there is one."""
+    name = OWN_FORWARD if hasattr(module, OWN_FORWARD) else "forward"
+    before = module.__dict__.get(name)
+    module.__dict__[name] = forward
     try:
         yield
     finally:
         if before is None:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
         else:
-            module.__dict__["forward"] = before
+            module.__dict__[name] = before
 
 
 @contextmanager
@@ -761,9 +933,14 @@ def _replaced(module: nn.Module, name: str, values: Tensor | None) -> Iterator[N
     if values is None:
         yield
         return
-    before = getattr(module, name)
+    before, hook = getattr(module, name), _hook(module)
+    weights: Any = None if hook is None else hook.weights_map
     setattr(module, name, nn.Parameter(values, requires_grad=False))
+    if hook is not None and hook.offload:
+        hook.weights_map = ChainMap({name: values}, weights)
     try:
         yield
     finally:
         setattr(module, name, before)
+        if hook is not None:
+            hook.weights_map = weights

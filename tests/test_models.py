@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,16 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spath_eval import LoadRequest, UsageError
+from spath_eval.masks import drop_all, keep_all
 from spath_eval.models import (
     bos_token_id,
     fingerprint,
     load,
     max_length,
     output_head,
+    parameter_count,
     read_config,
     resolve_device,
     resolve_dtype,
+    weight_bytes,
 )
+from spath_eval.pathways import StaticPathway
 from spath_eval.plugins.architectures.gemma import GEMMA
 
 
@@ -245,6 +250,102 @@ def test_what_is_no_gguf_is_a_usage_error_of_one_line(tmp_path, content):
 def test_a_gguf_that_lacks_what_a_model_needs_is_a_usage_error_of_one_line(gguf_file):
     with pytest.raises(UsageError, match=r"model\.gguf") as caught:
         load(request(gguf_file))
+    assert "\n" not in str(caught.value)
+
+
+def quantise(folder, about, packed):
+    """Turn the checkpoint into one of quantised projections: `packed(name, weight)` gives the tensors of each."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        tensors |= packed(name, weight) if name.endswith("_proj.weight") else {name: weight}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def make_ternary(folder):
+    """Turn the checkpoint into one of the format that transformers itself can run packed on a CPU: four weights in a
+    byte."""
+    generator = torch.Generator().manual_seed(0)
+
+    def packed(name, weight):
+        size = (len(weight) // 4, weight.shape[1])
+        numbers = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        return {name: numbers, f"{name}_scale": torch.tensor([8.0])}
+
+    quantise(folder, {"quant_method": "bitnet"}, packed)
+    return folder
+
+
+@pytest.fixture
+def eager():
+    """Keeps what transformers would compile for minutes from being compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def test_a_quantised_model_is_loaded_packed_and_runs_masked_only(folder, saved, eager):
+    plain, _ = load(request(saved))
+    model, _ = load(request(make_ternary(folder)))
+    sites = GEMMA.sites(model)
+    assert model.get_submodule(sites[0].path).down_proj.weight.dtype == torch.uint8
+    assert [(site.width, site.device.type) for site in sites] == [(64, "cpu")] * 3
+    assert parameter_count(model) == parameter_count(plain) == sum(tensor.numel() for tensor in plain.parameters())
+    assert weight_bytes(plain) == 4 * parameter_count(plain)
+    projections = sum(tensor.numel() for name, tensor in plain.named_parameters() if name.endswith("_proj.weight"))
+    scales = 4 * 7 * 3
+    assert weight_bytes(model) == 4 * (parameter_count(plain) - projections) + projections / 4 + scales
+    with pytest.raises(UsageError, match=r"is a BitLinear \(quantised by bitnet\), .*: --execution masked works"):
+        sites[0].compact(drop_all(sites))
+    tokens = torch.tensor([[2, 7, 9, 11]])
+    with torch.inference_mode():
+        dense = model(tokens).logits
+        with StaticPathway(sites, keep_all(sites), "masked").applied():
+            assert torch.equal(model(tokens).logits, dense)
+        with StaticPathway(sites, drop_all(sites), "masked").applied():
+            assert (model(tokens).logits - dense).abs().max() > 1e-2
+
+
+def test_the_program_refuses_compact_for_quantised_weights_and_runs_them_masked(
+    spath_eval_command, work_folder, tiny_checkpoint, brief, eager
+):
+    folder = make_ternary(shutil.copytree(tiny_checkpoint, work_folder / "ternary"))
+    refused = spath_eval_command("run", "--model", folder, *brief)
+    assert refused.status == 4
+    assert (
+        "is a BitLinear (quantised by bitnet), whose weights cannot be sliced: --execution masked works" in refused.err
+    )
+    assert "record:" not in refused.err
+    outcome = spath_eval_command("run", "--model", folder, *brief, "--execution", "masked")
+    assert outcome.status == 0
+    model = outcome.record["models"][0]
+    assert model["parameters"] == parameter_count(load(request(tiny_checkpoint))[0])
+    assert model["quantisation"] == "bitnet"
+    for case in outcome.record["cases"]:
+        assert case["outcome"] == "passed"
+        shares = case["sparsity"]
+        assert shares["ffn_weights_removed"] == pytest.approx(shares["achieved"], abs=0.01)
+        assert shares["model_weights_removed"] == pytest.approx(shares["ffn_weights_removed"] * model["ffn_share"])
+
+
+def test_weights_that_transformers_dequantised_can_be_sliced(folder):
+    """On a CPU it has no kernels for them."""
+
+    def packed(name, weight):
+        return {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+
+    quantise(folder, {"quant_method": "fp8", "weight_block_size": [128, 128]}, packed)
+    model, _ = load(request(folder))
+    sites = GEMMA.sites(model)
+    assert {site.unsliceable for site in sites} == {None}
+    assert sites[0].compact(drop_all(sites)) is not sites[0].module
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is not missing here")
+def test_a_quantised_model_whose_library_is_missing_is_a_usage_error_of_one_line(folder):
+    quantise(folder, {"quant_method": "bitsandbytes", "load_in_8bit": True}, lambda name, weight: {name: weight})
+    with pytest.raises(UsageError, match=f"{folder}: its weights cannot be loaded: .*bitsandbytes") as caught:
+        load(request(folder))
     assert "\n" not in str(caught.value)
 
 

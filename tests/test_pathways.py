@@ -328,6 +328,15 @@ def test_a_wrong_row_in_a_compact_module_fails(model, sites, mask, probe, layer,
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_compact_module_that_runs_the_dense_ffn_fails(model, sites, mask, probe, layer):
+    """Its neurons are masked while the reference runs, and must not be when the compact module does."""
+    pathway = StaticPathway(sites, mask, "compact")
+    pathway.compact_module(sites[layer]).forward = sites[layer].module.forward
+    with pytest.raises(GateError, match=rf"compact differs from masked at {re.escape(sites[layer].path)} by"):
+        check_parity(model, pathway, probe)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_compact_module_that_gives_nan_fails(model, sites, mask, probe, layer):
     pathway = StaticPathway(sites, mask, "compact")
     pathway.compact_module(sites[layer]).up_proj.weight[3] = torch.nan

@@ -17,6 +17,7 @@ from spath_eval.masks import Mask, drop_all, keep_all
 from spath_eval.pathways import PARITY_TOLERANCE
 from spath_eval.plugins.architectures.gemma import GEMMA
 from spath_eval.plugins.architectures.llama import LLAMA
+from spath_eval.plugins.architectures.moe import MOE
 from spath_eval.plugins.architectures.phi import PHI
 from spath_eval.plugins.architectures.qwen import QWEN
 from spath_eval.sites import find_sites
@@ -343,6 +344,159 @@ def test_compact_refuses_weights_that_it_cannot_slice(model, sites, name):
     nothing = torch.zeros(1, 3, 32) if bias is None else bias.expand(1, 3, 32)
     with site.masked(drop_all([site])), torch.no_grad():
         assert torch.equal(site.module(torch.randn(1, 3, 32)), nothing), "masked execution does not mind"
+
+
+class Linear4bit(nn.Linear):
+    """Holds two numbers of 4 bits in a byte, in one column, as bitsandbytes does, and a scale."""
+
+    def __init__(self, dense):
+        super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
+        self.bias = dense.bias
+        self.scale = dense.weight.abs().max() / 7
+        numbers = (dense.weight / self.scale).round().to(torch.uint8).flatten().bitwise_and(15)
+        self.weight = nn.Parameter((numbers[::2] * 16 + numbers[1::2]).unsqueeze(1), requires_grad=False)
+
+    def dequantised(self):
+        numbers = torch.cat([self.weight // 16, self.weight % 16], 1).flatten().float()
+        return (numbers - 16 * (numbers > 7)).view(self.out_features, self.in_features) * self.scale
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.dequantised(), self.bias)
+
+
+class Linear8bit(nn.Linear):
+    """Holds numbers of 8 bits in the shape of the weights, and a scale."""
+
+    def __init__(self, dense):
+        super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
+        self.bias = dense.bias
+        self.scale = dense.weight.abs().max() / 127
+        self.weight = nn.Parameter((dense.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def dequantised(self):
+        return self.weight.float() * self.scale
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.dequantised(), self.bias)
+
+
+class QuantLinear(nn.Module):
+    """Holds no parameter and nothing that is called weight, as those of GPTQ and AWQ do."""
+
+    def __init__(self, dense):
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.bias = dense.bias
+        self.scale = dense.weight.abs().max() / 127
+        self.register_buffer("qweight", (dense.weight / self.scale).round().to(torch.int8).T.contiguous())
+
+    def dequantised(self):
+        return self.qweight.T.float() * self.scale
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.dequantised(), self.bias)
+
+
+METHODS = {
+    "bitsandbytes, 4 bits": (Linear4bit, {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}),
+    "bitsandbytes, 8 bits": (Linear8bit, {"load_in_8bit": True}),
+    "gptq, 4 bits": (QuantLinear, {"quant_method": "gptq", "bits": 4}),
+    "fp8": (Linear8bit, {"quant_method": "fp8"}),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def quantised(model, method):
+    """The model with every linear layer quantised but its head."""
+    linear, model.config.quantization_config = METHODS[method]
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and path != "lm_head":
+            model.set_submodule(path, linear(module))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma3n_text", "phi", "phi3", "llama+mlp_bias"])
+def test_quantised_weights_are_masked_as_their_numbers_would_be(quantised, tokens):
+    """The reference has a dense layer with those numbers in the place of each quantised one."""
+    sites = sites_of(quantised)
+    assert [site.path for site in sites] == PATHS
+    mask = random_mask(sites)
+    dense = logits(quantised, tokens)
+    with applied(sites, keep_all(sites), "masked"):
+        assert torch.equal(logits(quantised, tokens), dense)
+    with applied(sites, mask, "masked"):
+        sparse = logits(quantised, tokens)
+    for site in sites:
+        weight = site.module.get_submodule(site.ffn.down).dequantised()
+        assert weight.shape == (32, site.width)
+        reference = nn.Linear(site.width, 32, bias=False)
+        reference.weight.data = weight * mask[site.path]
+        reference.bias = site.module.get_submodule(site.ffn.down).bias
+        setattr(site.module, site.ffn.down, reference)
+    expected = logits(quantised, tokens)
+    assert (sparse - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert (sparse - dense).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["gemma", "phi", "phi3"])
+def test_quantised_weights_are_neither_sliced_nor_read_and_the_method_is_said(quantised, method):
+    sites = sites_of(quantised)
+    kind = METHODS[method][0].__name__
+    said = rf"model\.layers\.0\.mlp\.\w+ is a {kind} \(quantised by {method}\), whose weights cannot be "
+    with pytest.raises(UsageError, match=f"{said}sliced: --execution masked works$"):
+        sites[0].compact(random_mask(sites))
+    assert sites[0].unsliceable
+    assert sites[0].compact(keep_all(sites)) is sites[0].module
+    for name in ("up", "down", *(["gate"] if sites[0].ffn.shape != "plain" else [])):
+        with pytest.raises(UsageError, match=f"{said}read: take a strategy that does not$"):
+            getattr(sites[0], name)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "phi", "phi3", "llama+mlp_bias"])
+def test_bytes_of_quantised_weights_are_those_that_they_take(quantised, kind):
+    for site in sites_of(quantised):
+        held = [*site.module.parameters(), *site.module.buffers()]
+        assert site.weight_bytes(None) == sum(tensor.nbytes for tensor in held)
+        biases = {"phi": 32 * 4, "llama+mlp_bias": 32 * 4}.get(kind, 0)
+        half = Mask({site.path: torch.arange(site.width) % 2 == 0})
+        assert site.weight_bytes(half) - biases == (site.weight_bytes(None) - biases) / 2
+
+
+def test_one_quantised_projection_is_enough(tiny_model):
+    model = tiny_model("gemma")
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    site = sites_of(model)[1]
+    assert site.unsliceable is None, "it is the weights that count: others than these may be quantised"
+    site.module.up_proj = Linear8bit(site.module.up_proj)
+    assert "mlp.up_proj is a Linear8bit (quantised by bitsandbytes, 8 bits)" in site.unsliceable
+
+
+def test_quantised_routed_experts_are_refused(tiny_model):
+    model = tiny_model("gpt_oss")
+    model.config.quantization_config = {"quant_method": "mxfp4"}
+    experts = model.model.layers[1].mlp.experts
+    assert find_sites(model, MOE.ffns)[1].unsliceable is None, "transformers may have dequantised them"
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.to(torch.uint8), requires_grad=False)
+    said = r"layers\.1\.mlp\.experts\.gate_up_proj: routed experts quantised by mxfp4 run neither masked nor compact"
+    with pytest.raises(UsageError, match=said):
+        find_sites(model, MOE.ffns)
+    del experts.gate_up_proj  # packed ones have other names
+    with pytest.raises(UsageError, match=said):
+        find_sites(model, MOE.ffns)
+
+
+def test_a_projection_that_does_not_say_its_sizes_is_an_error(tiny_model):
+    from transformers.pytorch_utils import Conv1D
+
+    model = tiny_model("phi")
+    model.model.layers[1].mlp.fc1 = Conv1D(64, 32)
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.fc1 is a Conv1D, which does not say how many values enter"):
+        sites_of(model)
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tiny_model):
