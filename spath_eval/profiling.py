@@ -3,6 +3,9 @@
 One streaming pass of the dense model over the text; sums are kept in float64 and only the text's own tokens count,
 neither padding nor BOS. Statistics are taken of what enters the down projection, the neuron's activation. The mean
 absolute activation is the one of "Sparse Pathways: Domain-Aware Neuron Routing" (A. Young).
+
+The same pass gives the statistics of two halves of the text, whose documents take turns, so that one can ask how far
+the halves agree on a mask.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from spath_eval.masks import read_safetensors, write_safetensors
 from spath_eval.sites import Observation, Site
 from spath_eval.texts import Batch, Corpus, batches, digest_all
 
+Statistics = Mapping[str, Mapping[str, torch.Tensor]]
+"""Name of the statistic to site path to float64 `[width]` (`[experts, width]` where the site has experts)."""
+
 log = logging.getLogger(__name__)
 
 STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -37,7 +43,14 @@ STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 a routed expert)."""
 
 ROUTING = "routing_share"
-"""The statistic of routed experts: which share of the tokens each is chosen for, `[experts]`."""
+"""The statistic of routed experts: which share of the tokens each is chosen for, `[experts]`. It is always collected,
+for without it nobody could average the means of two texts."""
+
+FORMAT = 2
+"""Version of what a file holds of a profile: 2 brought the halves."""
+
+CPU_CHUNK, GPU_CHUNK = 2**15, 2**24
+"""Activations that are added up at a time: in float64 a CPU core's cache holds them, or a GPU is kept busy by them."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,10 @@ class DomainProfile:
     source: str
     """Where the text comes from."""
     text_digest: str
-    statistics: Mapping[str, Mapping[str, torch.Tensor]]
-    """Name of the statistic to site path to float64 `[width]` (`[experts, width]` where the site has experts)."""
+    statistics: Statistics
+    halves: tuple[DomainProfile, DomainProfile] | None = None
+    """Those of either half of the text, whose documents take turns; none where a half holds no token, as of a single
+    document, and in files of before there were halves."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +89,40 @@ class Profile:
             )
         return statistics[name]
 
+    def half(self, index: int) -> Profile:
+        """The profile that half 0 or half 1 of each domain's text gives. Raises `UsageError` where there are none."""
+        halves = {}
+        for domain, part in self.domains.items():
+            if part.halves is None:
+                raise UsageError(f"the profile of {domain!r} has no halves: one document gives none, nor an old file")
+            halves[domain] = part.halves[index]
+        return Profile(halves, self.model, self.provenance)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the model, the domains and every value."""
         result = hashlib.sha256(self.model.encode())
-        for domain, part in sorted(self.domains.items()):
-            result.update(f"{domain}{part.tokens}{part.text_digest}".encode())
-            for name, sites in sorted(part.statistics.items()):
-                for path, values in sorted(sites.items()):
-                    result.update(f"{name}{path}".encode() + values.numpy().tobytes())
+        for domain, whole in sorted(self.domains.items()):
+            for part in (whole, *(whole.halves or ())):
+                result.update(f"{domain}{part.tokens}{part.text_digest}".encode())
+                for name, sites in sorted(part.statistics.items()):
+                    for path, values in sorted(sites.items()):
+                        result.update(f"{name}{path}".encode() + values.numpy().tobytes())
         return result.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write all domains into one safetensors file, provenance in the header."""
+        """Write all domains into one safetensors file, provenance in the header.
+
+        A tensor is called `DOMAIN/STATISTIC/SITE`. Of a text with halves the file holds these, as `DOMAIN/0/...` and
+        `DOMAIN/1/...`, and the number of tokens of each, which give the whole.
+        """
         tensors: dict[str, torch.Tensor] = {}
-        about: dict[str, Any] = {}
-        for domain, part in self.domains.items():
-            about[domain] = {"tokens": part.tokens, "source": part.source, "text_digest": part.text_digest}
-            for name, sites in part.statistics.items():
-                tensors |= {f"{domain}/{name}/{site}": values for site, values in sites.items()}
+        for domain, whole in self.domains.items():
+            stored = {f"{domain}/{n}": half for n, half in enumerate(whole.halves)} if whole.halves else {domain: whole}
+            for prefix, part in stored.items():
+                for name, sites in part.statistics.items():
+                    tensors |= {f"{prefix}/{name}/{site}": values for site, values in sites.items()}
+        about = {domain: _about(part) for domain, part in self.domains.items()}
         header = {**self.provenance, "spath_eval": "profile", "model": self.model, "domains": about}
         write_safetensors(tensors, header, path)
 
@@ -102,47 +132,141 @@ class Profile:
         tensors, header = read_safetensors(path, "profile")
         try:
             model, about = header.pop("model"), json.loads(header.pop("domains"))
-            domains: dict[str, dict[str, dict[str, torch.Tensor]]] = {domain: {} for domain in about}
-            for key, values in tensors.items():
-                domain, name, site = key.split("/", 2)
-                domains[domain].setdefault(name, {})[site] = values
-            parts = {domain: DomainProfile(domain, statistics=domains[domain], **about[domain]) for domain in about}
+            parts = {domain: _read(domain, domain, entry, tensors) for domain, entry in about.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"profile {path} is damaged: {error!r}") from error
         return cls(parts, model, {key: value for key, value in header.items() if key != "spath_eval"})
 
 
+def pooled(profile: Profile, name: str = "pooled") -> Profile:
+    """A profile of one domain, whose text is that of all domains of `profile` together, token by token.
+
+    It has halves where all domains have some. Raises `UsageError` where the domains do not have the same statistics, or
+    experts no `routing_share`, by which their means are weighted.
+    """
+    parts = list(profile.domains.values())
+    if not _alike(parts):
+        raise UsageError("the domains of the profile have different statistics, so that they cannot be pooled")
+    return Profile({name: _pool(name, parts)}, profile.model, profile.provenance)
+
+
+def _pool(domain: str, parts: Sequence[DomainProfile]) -> DomainProfile:
+    halves = None
+    pairs = [part.halves for part in parts if part.halves]
+    if len(pairs) == len(parts):
+        first, second = (_pool(domain, half) for half in zip(*pairs, strict=True))
+        halves = (first, second)
+    return DomainProfile(
+        domain,
+        sum(part.tokens for part in parts),
+        "; ".join(dict.fromkeys(part.source for part in parts)),
+        hashlib.sha256("".join(part.text_digest for part in parts).encode()).hexdigest(),
+        _combined(halves or parts),
+        halves,
+    )
+
+
+def _alike(parts: Sequence[DomainProfile]) -> bool:
+    """Whether all have the same statistics of the same sites."""
+    first, *others = [{name: sites.keys() for name, sites in part.statistics.items()} for part in parts]
+    return all(other == first for other in others)
+
+
+def _combined(parts: Sequence[DomainProfile]) -> Statistics:
+    """The statistics of the texts of all parts together."""
+    tokens = torch.tensor([part.tokens for part in parts], dtype=torch.float64)
+
+    def mean(name: str, path: str) -> torch.Tensor:
+        values = torch.stack([part.statistics[name][path] for part in parts])
+        weights = tokens.view(-1, *[1] * (values.dim() - 1))
+        if values.dim() == 3:
+            if not all(path in part.statistics.get(ROUTING, {}) for part in parts):
+                raise UsageError(
+                    f"the profile has no statistic {ROUTING!r}, by which the means of experts are weighted"
+                )
+            shares = torch.stack([part.statistics[ROUTING][path] for part in parts])
+            weights = (weights * shares.unsqueeze(-1)).round()
+        return (weights * values).sum(0) / weights.sum(0).clamp(min=1)
+
+    return {name: {path: mean(name, path) for path in sites} for name, sites in parts[0].statistics.items()}
+
+
+def _about(part: DomainProfile) -> dict[str, Any]:
+    """What a profile file says of a domain, or of half of one, beside the values."""
+    about = {"tokens": part.tokens, "source": part.source, "text_digest": part.text_digest}
+    halves = {"halves": [_about(half) for half in part.halves]} if part.halves else {}
+    return {**about, "statistics": list(part.statistics), **halves}
+
+
+def _read(domain: str, prefix: str, about: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> DomainProfile:
+    """The inverse of `_about`, with the tensors whose names begin with `prefix`."""
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in about.pop("statistics", ())}
+    if "halves" in about:
+        first, second = (_read(domain, f"{prefix}/{n}", half, tensors) for n, half in enumerate(about.pop("halves")))
+        if not _alike([first, second]):
+            raise ValueError(f"the halves of {domain} have different statistics")
+        return DomainProfile(domain, statistics=_combined([first, second]), halves=(first, second), **about)
+    for key in tensors:
+        if key.startswith(f"{prefix}/"):
+            name, site = key.removeprefix(f"{prefix}/").split("/", 1)
+            found.setdefault(name, {})[site] = tensors[key]
+    return DomainProfile(domain, statistics=found, **about)
+
+
+class _Counted:
+    """The tokens of a batch that count, by the half of the text that they are of."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        halves = torch.tensor(batch.documents).remainder(2).unsqueeze(-1)
+        self.half = torch.where(batch.counted, halves, -1).flatten().to(device)
+        """0 or 1, and -1 of what does not count, `[batch * tokens]`."""
+        self.tokens = _indices_by_half(self.half)
+
+    def rows(self, observation: Observation) -> list[torch.Tensor]:
+        """The rows of either half."""
+        device = observation.values.device
+        if observation.experts is None:  # one row for each token, in their order
+            return [tokens.to(device) for tokens in self.tokens]
+        return _indices_by_half(self.half.to(device)[observation.tokens])
+
+
+def _indices_by_half(half: torch.Tensor) -> list[torch.Tensor]:
+    return [(half == number).nonzero().squeeze(-1) for number in (0, 1)]
+
+
 class _Sums:
-    """Running float64 sums of one site's statistics over counted tokens."""
+    """Running float64 sums of one site's statistics over the counted tokens, of each half of the text."""
 
     def __init__(self, site: Site, names: Iterable[str]) -> None:
-        device = site.down.device
-        shape = site.shape
+        device = site.device
+        shape = (2, *site.shape)
         means = [name for name in names if name != ROUTING]
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in means}
         self.rows = torch.zeros(shape[:-1], dtype=torch.float64, device=device)
-        self.counted: torch.Tensor | None = None
-        """Which tokens of the batch now in the model count, `[batch * tokens]`."""
+        self.chunk = max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // site.width)
+        self.counted: _Counted | None = None
+        """Those of the batch now in the model."""
 
     def add(self, observation: Observation) -> None:
         assert self.counted is not None
-        counted = self.counted[observation.tokens]
-        values = observation.values[counted].float()  # in half precision squares are coarse, and overflow
-        if observation.experts is None:
-            self.rows += len(values)
-            for name, total in self.sums.items():
-                total += STATISTICS[name](values).sum(0, dtype=torch.float64)
-            return
-        experts = observation.experts[counted]
-        self.rows.index_add_(0, experts, torch.ones_like(experts, dtype=torch.float64))
-        for name, total in self.sums.items():
-            total.index_add_(0, experts, STATISTICS[name](values).double())
+        experts = observation.experts
+        for half, rows in enumerate(self.counted.rows(observation)):
+            self.rows[half] += len(rows) if experts is None else experts[rows].bincount(minlength=self.rows.shape[-1])
+            for chunk in rows.split(self.chunk):
+                # In half precision squares would be coarse, and overflow.
+                activations = observation.values.index_select(0, chunk).float()
+                for name, sums in self.sums.items():
+                    values = STATISTICS[name](activations)
+                    if experts is None:
+                        sums[half].add_(values.sum(0, dtype=torch.float64))
+                    else:
+                        sums[half].index_add_(0, experts[chunk], values.double())
 
-    def statistics(self, tokens: int) -> dict[str, torch.Tensor]:
-        """Each statistic after `tokens` counted tokens."""
-        rows = self.rows.clamp(min=1).unsqueeze(-1)
-        routing = {ROUTING: (self.rows / tokens).cpu()} if self.rows.dim() else {}
-        return {name: (total / rows).cpu() for name, total in self.sums.items()} | routing
+    def statistics(self, half: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Each statistic of a half, after `tokens` counted tokens of it."""
+        rows = self.rows[half].clamp(min=1).unsqueeze(-1)
+        routing = {ROUTING: (self.rows[half] / tokens).cpu()} if self.rows.dim() > 1 else {}
+        return {name: (total[half] / rows).cpu() for name, total in self.sums.items()} | routing
 
 
 def profile_domain(
@@ -157,29 +281,34 @@ def profile_domain(
     batch_size: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> DomainProfile:
-    """Stream the first `tokens` tokens of the corpus through the dense model and average.
+    """Stream the first `tokens` tokens of the corpus through the dense model and average, also over either half.
 
     `progress` is told how many tokens each batch counted. Raises `UsageError` where the text holds no token.
     """
     sums = {site.path: _Sums(site, names) for site in sites}
-    device = model.device
-    seen = 0
+    seen = [0, 0]
     with torch.inference_mode(), ExitStack() as stack:
         for site in sites:
             stack.enter_context(site.observe(sums[site.path].add))
         for batch in batches(tokenizer, corpus.profile, tokens=tokens, batch_size=batch_size):
-            counted = batch.counted.flatten().to(device)
+            counted = _Counted(batch, model.device)
             for one in sums.values():
                 one.counted = counted
             forward_backbone(model, batch)
-            count = int(batch.counted.sum())
-            seen += count
-            progress(count)
-    if not seen:
+            seen = [before + len(rows) for before, rows in zip(seen, counted.tokens, strict=True)]
+            progress(sum(map(len, counted.tokens)))
+    if not any(seen):
         raise UsageError(f"profile text of {domain} ({corpus.source}): it holds no token")
-    found = {path: one.statistics(seen) for path, one in sums.items()}
-    statistics = {name: {path: values[name] for path, values in found.items() if name in values} for name in names}
-    return DomainProfile(domain, seen, corpus.source, digest_all(corpus.profile), statistics)
+    collected = dict.fromkeys([*names, *[ROUTING for site in sites if site.experts]])
+
+    def part(half: int) -> DomainProfile:
+        found = {path: one.statistics(half, seen[half]) for path, one in sums.items()}
+        statistics = {name: {path: has[name] for path, has in found.items() if name in has} for name in collected}
+        return DomainProfile(domain, seen[half], corpus.source, digest_all(corpus.profile[half::2]), statistics)
+
+    parts = [part(half) for half in (0, 1) if seen[half]]
+    halves = (parts[0], parts[1]) if len(parts) == 2 else None
+    return DomainProfile(domain, sum(seen), corpus.source, digest_all(corpus.profile), _combined(parts), halves)
 
 
 def forward_backbone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -213,6 +342,7 @@ def cached_profile(
         "domain": domain,
         "text": digest_all(corpus.profile),
         "source": corpus.source,
+        "format": FORMAT,
         **settings,
         "versions": [__version__, torch.__version__, transformers.__version__],
     }

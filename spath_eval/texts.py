@@ -1,13 +1,16 @@
 """Text for profiling and for output preservation: documents, their split, and batches of their tokens.
 
-A document is a block between blank lines. Documents are put in the order of their hashes, so that a token budget draws
-from all of a corpus and the choice does not depend on file names. Padding and the BOS token are marked, since
-statistics that count them are wrong: in many models BOS activations are hundreds of times larger than others.
+A document is a block between blank lines, of a file or of a dataset's row. Documents are put in the order of their
+hashes, so that a token budget draws from all of a corpus and the choice does not depend on file names. Padding and the
+BOS token are marked, since statistics that count them are wrong: in many models BOS activations are hundreds of times
+larger than others.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,10 @@ WINDOW = 512
 """Tokens beyond which a document continues in a new row."""
 HELD_OUT = 5
 """One document in so many is held out from the profile, for output preservation."""
+HUB = "hub:"
+"""Begins a text that is read from the hub."""
+HUB_DOCUMENTS = 20_000
+"""Documents that are read from the hub at most: the first ones."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,18 @@ def digest_all(documents: Iterable[str]) -> str:
     return hashlib.sha256("".join(digest(document) for document in documents).encode()).hexdigest()
 
 
-def read_corpus(path: Path) -> Corpus:
-    """The documents of a file or folder, split 80/20 by their hashes. Raises `UsageError` where there are none."""
+def read_corpus(source: Path | str) -> Corpus:
+    """The documents of a file, a folder or a dataset of the hub, split 80/20 by their hashes.
+
+    A dataset is written `hub:DATASET:SPLIT:FIELD`, or `hub:DATASET,CONFIG:SPLIT:FIELD`. Of the split's rows the field
+    is read, each row as a file, up to 20,000 documents. Raises `UsageError` where there are none.
+    """
+    if isinstance(source, str) and source.startswith(HUB):
+        return _split(*_read_hub(source))
+    return _split(_read_files(Path(source)), str(source))
+
+
+def _read_files(path: Path) -> list[str]:
     if path.is_dir():
         files = sorted(
             file
@@ -85,14 +102,57 @@ def read_corpus(path: Path) -> Corpus:
             raise UsageError(f"profile text {file}: {error}") from error
     if not documents:
         raise UsageError(f"profile text {path}: it holds no text (read: {', '.join(sorted(SUFFIXES))})")
+    return documents
+
+
+def _read_hub(spec: str) -> tuple[list[str], str]:
+    """The documents, and where they come from, with the revision where the hub tells one."""
+    try:
+        name, split, text = spec.removeprefix(HUB).split(":")
+    except ValueError:
+        name = split = text = ""
+    if not (name and split and text):
+        raise UsageError(f"profile text {spec!r}: expected {HUB}DATASET:SPLIT:FIELD or {HUB}DATASET,CONFIG:SPLIT:FIELD")
+    dataset, _, config = name.partition(",")
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(dataset, config or None)
+        rows = builder.as_streaming_dataset(split=split)
+        columns = rows.column_names or list(next(iter(rows), {text: None}))
+        if text not in columns:
+            raise UsageError(f"its rows have no field {text!r}: they have {', '.join(columns)}")
+        texts = (_text_of(row[text], text) for row in rows.select_columns(text))
+        found = itertools.chain.from_iterable(map(blocks, texts))
+        documents = list(itertools.islice(found, HUB_DOCUMENTS))
+    except Exception as error:  # the library lets through what its many readers and clients raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"profile text {spec}: {reason}") from error
+    if not documents:
+        raise UsageError(f"profile text {spec}: it holds no text")
+    source = spec
+    if revision := re.search(r"@([0-9a-f]{40})", builder.base_path or ""):
+        source += f" at revision {revision[1]}"
+    if len(documents) == HUB_DOCUMENTS:
+        source += f", the first {HUB_DOCUMENTS} documents"
+    return documents, source
+
+
+def _text_of(value: object, field: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"its field {field!r} holds no text but {type(value).__name__}")
+    return value or ""
+
+
+def _split(documents: Iterable[str], source: str) -> Corpus:
     ordered = in_hash_order(documents)
     heldout = tuple(document for document in ordered if int(digest(document), 16) % HELD_OUT == 0)
     profile = tuple(document for document in ordered if int(digest(document), 16) % HELD_OUT)
     if not profile:
         raise UsageError(
-            f"profile text {path}: its {len(ordered)} documents leave none to profile; blank lines part documents"
+            f"profile text {source}: its {len(ordered)} documents leave none to profile; blank lines part documents"
         )
-    return Corpus(profile, heldout, str(path))
+    return Corpus(profile, heldout, source)
 
 
 def blocks(text: str) -> list[str]:

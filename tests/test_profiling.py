@@ -9,18 +9,22 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spath_eval import UsageError
 from spath_eval.models import fingerprint
 from spath_eval.plugins.architectures.gemma import GEMMA
+from spath_eval.plugins.architectures.moe import MOE
 from spath_eval.profiling import (
+    ROUTING,
     STATISTICS,
     DomainProfile,
     Profile,
     cache_folder,
     cached_profile,
     forward_backbone,
+    pooled,
     profile_domain,
 )
 from spath_eval.texts import Corpus, batches
@@ -43,7 +47,7 @@ def corpus():
 
 
 def profile_of(model, tokenizer, corpus, *, names=NAMES, tokens=200, batch_size=4, **others):
-    sites = GEMMA.sites(model)
+    sites = (GEMMA if model.config.model_type.startswith("gemma") else MOE).sites(model)
     return profile_domain(
         model, tokenizer, sites, "math", corpus, names, tokens=tokens, batch_size=batch_size, **others
     )
@@ -110,6 +114,84 @@ def test_activations_are_added_in_float64_whatever_the_models_dtype(tiny_model, 
         np.testing.assert_allclose(part.statistics["mean_square"][path], values.square().mean(0), rtol=1e-6, atol=0)
 
 
+def test_what_does_not_count_may_be_infinite(tiny_model, tiny_tokenizer, corpus):
+    """As activations of BOS and of padding are in float16."""
+    model = tiny_model("gemma")
+    expected = profile_of(model, tiny_tokenizer, corpus).statistics
+    lengths = []
+
+    def spoil(module, inputs):
+        spoilt = inputs[0].clone()
+        spoilt[:, 0] = torch.inf
+        for row, length in enumerate(lengths.pop()):
+            spoilt[row, length:] = torch.nan
+        return (spoilt,)
+
+    model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(spoil)
+    made = list(batches(tiny_tokenizer, corpus.profile, tokens=200, batch_size=4))
+    lengths += [batch.attention_mask.sum(-1).tolist() for batch in reversed(made)]
+    found = profile_of(model, tiny_tokenizer, corpus).statistics
+    for name in NAMES:
+        for path, values in found[name].items():
+            assert torch.equal(values, expected[name][path])
+
+
+@pytest.fixture(params=["gemma", "gemma3n_text", "mixtral"])
+def any_model(request, tiny_model):
+    """Routed experts too, of which a mean is over the tokens that each is chosen for."""
+    return tiny_model(request.param)
+
+
+def assert_close(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, sites in expected.items():
+        assert found[name].keys() == sites.keys()
+        for path, values in sites.items():
+            np.testing.assert_allclose(found[name][path], values, **tolerance)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_a_half_is_the_profile_of_every_second_document(any_model, tiny_tokenizer, corpus, batch_size):
+    whole = profile_of(any_model, tiny_tokenizer, corpus, tokens=10_000, batch_size=batch_size)
+    for index, half in enumerate(whole.halves):
+        documents = corpus.profile[index::2]
+        alone = profile_of(any_model, tiny_tokenizer, Corpus(documents, (), corpus.source), tokens=10_000, batch_size=1)
+        assert (half.tokens, half.text_digest) == (alone.tokens, alone.text_digest)
+        assert (half.domain, half.source, half.halves) == ("math", corpus.source, None)
+        assert half.tokens == sum(len(text.split()) for text in documents)
+        assert_close(half.statistics, alone.statistics, rtol=1e-4, atol=1e-6)
+
+
+def test_the_whole_is_both_halves_together(any_model, tiny_tokenizer, corpus):
+    whole = profile_of(any_model, tiny_tokenizer, corpus, tokens=150)
+    assert whole.tokens == sum(half.tokens for half in whole.halves) == 150
+    for name, sites in whole.statistics.items():
+        for path, values in sites.items():
+            weights = [torch.tensor(half.tokens) for half in whole.halves]
+            if values.dim() == 2:
+                weights = [half.tokens * half.statistics[ROUTING][path].unsqueeze(-1) for half in whole.halves]
+            sums = sum(weight * half.statistics[name][path] for weight, half in zip(weights, whole.halves, strict=True))
+            np.testing.assert_allclose(values, sums / sum(weights).clamp(min=1), rtol=1e-12, atol=0)
+
+
+def test_rows_of_a_long_document_are_in_one_half(tiny_model, tiny_tokenizer):
+    corpus = Corpus((" ".join(["w7"] * 1200), "w8 w9", "w10"), (), "")
+    part = profile_of(tiny_model("gemma"), tiny_tokenizer, corpus, tokens=10_000, batch_size=2)
+    assert [half.tokens for half in part.halves] == [1201, 2]
+
+
+@pytest.mark.parametrize("documents", [("w7 w8",), ("", "w7 w8")])
+def test_a_single_document_has_no_halves(tiny_model, tiny_tokenizer, documents, tmp_path):
+    model = tiny_model("gemma")
+    part = profile_of(model, tiny_tokenizer, Corpus(documents, (), ""))
+    assert part.halves is None
+    assert_close(part.statistics, profile_of(model, tiny_tokenizer, Corpus(("w7 w8",), (), "")).statistics, rtol=1e-12)
+    Profile({"math": part}).save(tmp_path / "file")
+    for profile in (Profile({"math": part}), Profile.load(tmp_path / "file")):
+        with pytest.raises(UsageError, match="profile of 'math' has no halves"):
+            profile.half(0)
+
+
 def test_bos_and_padding_do_not_count(model, tiny_tokenizer):
     """A token's activations in the one-token documents do not depend on what stands in the batch beside them."""
     alone = profile_of(model, tiny_tokenizer, Corpus(("w7",), (), ""), batch_size=1)
@@ -158,6 +240,11 @@ def test_only_what_was_asked_for_is_collected(tiny_model, tiny_tokenizer, corpus
     assert list(part.statistics) == ["mean_square"]
 
 
+def test_of_experts_it_is_known_how_often_each_is_chosen(tiny_model, tiny_tokenizer, corpus):
+    part = profile_of(tiny_model("mixtral"), tiny_tokenizer, corpus, names=["mean_abs"])
+    assert list(part.statistics) == ["mean_abs", ROUTING]
+
+
 def test_profiling_leaves_no_hook_behind(tiny_model, tiny_tokenizer, corpus):
     model = tiny_model("gemma")
 
@@ -187,11 +274,20 @@ def test_backbone_gives_what_the_output_head_is_applied_to(model, tiny_tokenizer
 
 @pytest.fixture
 def saved(tiny_model, tiny_tokenizer, corpus):
-    parts = {}
-    for domain in ("math", "code"):
-        part = profile_of(tiny_model("gemma", seed=len(parts)), tiny_tokenizer, corpus)
-        parts[domain] = DomainProfile(domain, part.tokens, part.source, part.text_digest, part.statistics)
-    return Profile(parts, "0123", {"made by": "a test"})
+    """Two domains of which one has halves, the other none, as in a file of before there were some."""
+    math = profile_of(tiny_model("gemma"), tiny_tokenizer, corpus)
+    other = profile_of(tiny_model("gemma", seed=1), tiny_tokenizer, corpus)
+    code = DomainProfile("code", other.tokens, other.source, other.text_digest, other.statistics)
+    return Profile({"math": math, "code": code}, "0123", {"made by": "a test"})
+
+
+def assert_same(one, other):
+    """Two profiles of a domain, to the last bit."""
+    assert (one.tokens, one.source, one.text_digest) == (other.tokens, other.source, other.text_digest)
+    assert_close(one.statistics, other.statistics, rtol=0, atol=0)
+    assert (one.halves is None) == (other.halves is None)
+    for half, of_other in zip(one.halves or (), other.halves or (), strict=True):
+        assert_same(half, of_other)
 
 
 def test_a_saved_profile_comes_back_with_its_provenance(saved, tmp_path):
@@ -200,12 +296,31 @@ def test_a_saved_profile_comes_back_with_its_provenance(saved, tmp_path):
     loaded = Profile.load(path)
     assert (loaded.model, loaded.provenance) == ("0123", {"made by": "a test"})
     assert loaded.fingerprint == saved.fingerprint
+    assert loaded.domains.keys() == saved.domains.keys()
     for domain, part in saved.domains.items():
-        other = loaded.domains[domain]
-        assert (other.tokens, other.source, other.text_digest) == (part.tokens, part.source, part.text_digest)
-        for name in NAMES:
-            for path, values in saved.statistic(name, domain).items():
-                assert torch.equal(loaded.statistic(name, domain)[path], values)
+        assert_same(loaded.domains[domain], part)
+    with pytest.raises(UsageError, match="profile of 'code' has no halves"):
+        loaded.half(1)
+
+
+def test_a_file_holds_two_values_of_a_neuron_whose_text_has_halves(any_model, tiny_tokenizer, corpus, tmp_path):
+    part = profile_of(any_model, tiny_tokenizer, corpus, names=["mean_abs", ROUTING])
+    Profile({"math": part}).save(tmp_path / "file")
+    with safe_open(tmp_path / "file", "pt") as file:
+        stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert stored == 2 * sum(values.numel() for sites in part.statistics.values() for values in sites.values())
+    loaded = Profile.load(tmp_path / "file")
+    assert_same(loaded.domains["math"], part)
+    assert loaded.statistic(ROUTING, "math").keys() == part.statistics[ROUTING].keys(), "also where there is none"
+
+
+def test_a_file_of_before_there_were_halves_is_read(tmp_path):
+    about = '{"law": {"tokens": 7, "source": "a book", "text_digest": "89ab"}}'
+    header = {"spath_eval": "profile", "model": "0123", "domains": about}
+    values = torch.arange(4, dtype=torch.float64)
+    save_file({"law/mean_abs/model.layers.0.mlp": values}, tmp_path / "file", header)
+    part = Profile.load(tmp_path / "file").domains["law"]
+    assert_same(part, DomainProfile("law", 7, "a book", "89ab", {"mean_abs": {"model.layers.0.mlp": values}}))
 
 
 def test_fingerprint_changes_with_every_value(saved):
@@ -214,6 +329,72 @@ def test_fingerprint_changes_with_every_value(saved):
     assert Profile({"math": saved.domains["math"]}, "0123").fingerprint != before
     saved.statistic("mean_square", "code")["model.layers.2.mlp"][5] *= 1 + 1e-12
     assert saved.fingerprint != before
+    before = saved.fingerprint
+    saved.domains["math"].halves[1].statistics["mean_abs"]["model.layers.0.mlp"][3] *= 1 + 1e-12
+    assert saved.fingerprint != before
+
+
+def test_the_profile_of_a_half_is_a_profile(saved):
+    math = Profile({"math": saved.domains["math"]}, saved.model, saved.provenance)
+    for index in (0, 1):
+        half = math.half(index)
+        assert (half.model, half.provenance) == (math.model, math.provenance)
+        assert half.domains["math"] is math.domains["math"].halves[index]
+    assert len({profile.fingerprint for profile in (math, math.half(0), math.half(1))}) == 3
+
+
+@pytest.fixture
+def by_domain(any_model, tiny_tokenizer, corpus):
+    """A long domain and a short one."""
+    texts = {"math": corpus.profile[:14], "code": corpus.profile[14:]}
+    names = [*NAMES, ROUTING]
+    parts = {
+        domain: profile_of(any_model, tiny_tokenizer, Corpus(text, (), f"text of {domain}"), names=names, tokens=10_000)
+        for domain, text in texts.items()
+    }
+    return Profile(parts, "0123", {"made by": "a test"})
+
+
+def test_pooled_is_the_profile_of_all_domains_texts(any_model, tiny_tokenizer, corpus, by_domain, tmp_path):
+    everything = pooled(by_domain)
+    assert (everything.model, everything.provenance) == (by_domain.model, by_domain.provenance)
+    assert list(everything.domains) == ["pooled"]
+    found = everything.domains["pooled"]
+    assert (found.domain, found.source) == ("pooled", "text of math; text of code")
+    expected = profile_of(any_model, tiny_tokenizer, corpus, names=[*NAMES, ROUTING], tokens=10_000)
+    for part, by_itself in zip((found, *found.halves), (expected, *expected.halves), strict=True):
+        assert part.tokens == by_itself.tokens
+        assert_close(part.statistics, by_itself.statistics, rtol=1e-4, atol=1e-6)
+    everything.save(tmp_path / "file")
+    assert Profile.load(tmp_path / "file").fingerprint == everything.fingerprint
+    assert list(pooled(by_domain, "all").domains) == ["all"]
+
+
+def test_pooled_has_halves_only_where_all_domains_have_some(by_domain):
+    math, code = by_domain.domains.values()
+    whole = DomainProfile("code", code.tokens, code.source, code.text_digest, code.statistics)
+    part = pooled(Profile({"math": math, "code": whole})).domains["pooled"]
+    assert part.halves is None
+    assert_close(part.statistics, pooled(by_domain).domains["pooled"].statistics, rtol=1e-12)
+
+
+def test_experts_are_not_pooled_without_their_shares_of_the_tokens(by_domain):
+    parts = {
+        domain: DomainProfile(domain, part.tokens, "", "", {name: part.statistics[name] for name in NAMES})
+        for domain, part in by_domain.domains.items()
+    }
+    if not by_domain.domains["math"].statistics[ROUTING]:
+        assert pooled(Profile(parts)).domains["pooled"].tokens == sum(part.tokens for part in parts.values())
+        return
+    with pytest.raises(UsageError, match="no statistic 'routing_share', by which the means of experts are weighted"):
+        pooled(Profile(parts))
+
+
+def test_domains_of_different_statistics_are_not_pooled(by_domain):
+    math, code = by_domain.domains.values()
+    less = DomainProfile("code", code.tokens, "", "", {"mean_abs": code.statistics["mean_abs"]})
+    with pytest.raises(UsageError, match="different statistics"):
+        pooled(Profile({"math": math, "code": less}))
 
 
 def test_what_was_not_collected_is_a_usage_error_that_says_what_was(saved):
@@ -240,7 +421,16 @@ def damaged_domains(path):
     save_file({"law/mean_abs/a": torch.ones(4)}, path, {"spath_eval": "profile", "model": "", "domains": about})
 
 
-@pytest.mark.parametrize("damage", [damaged_words, damaged_end, damaged_header])
+def damaged_half(path):
+    """One half without what the other one has."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    first = min(name for name in tensors if name.startswith("math/0/"))
+    save_file({name: values for name, values in tensors.items() if name != first}, path, header)
+
+
+@pytest.mark.parametrize("damage", [damaged_words, damaged_end, damaged_header, damaged_half])
 def test_what_is_no_profile_file_is_a_usage_error_of_one_line(saved, tmp_path, damage):
     path = tmp_path / "profile.safetensors"
     saved.save(path)
@@ -303,7 +493,14 @@ def test_other_inputs_are_profiled_again(cached, corpus):
     assert cached.made == 5
 
 
-@pytest.mark.parametrize("damage", [damaged_words, damaged_end, damaged_header, damaged_domains])
+def test_a_cached_profile_of_another_format_is_not_read(cached, monkeypatch):
+    cached()
+    monkeypatch.setattr("spath_eval.profiling.FORMAT", 1)
+    cached()
+    assert cached.made == 2
+
+
+@pytest.mark.parametrize("damage", [damaged_words, damaged_end, damaged_header, damaged_domains, damaged_half])
 def test_a_damaged_profile_in_the_cache_is_made_again_and_said(cached, caplog, damage):
     first = cached()
     (path,) = cache_folder().rglob("*.safetensors")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from spath_eval import UsageError
-from spath_eval.texts import batches, blocks, digest, in_hash_order, read_corpus
+from spath_eval.texts import HUB_DOCUMENTS, batches, blocks, digest, in_hash_order, read_corpus
 
 
 def paragraphs(count, *, seed=0, length=12):
@@ -133,6 +135,128 @@ def test_bytes_that_are_no_utf8_are_a_usage_error_that_names_the_file(tmp_path):
     (tmp_path / "b.txt").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(UsageError, match=r"b\.txt.*utf-8"):
         read_corpus(tmp_path)
+
+
+def dataset(folder, **splits):
+    """A folder that `datasets` reads as a dataset: a file of rows for each split."""
+    folder.mkdir()
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The library, with a cache of its own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    return datasets
+
+
+@pytest.fixture
+def local_dataset(datasets, tmp_path):
+    rows = [{"text": text, "label": number} for number, text in enumerate(paragraphs(60))]
+    return dataset(tmp_path / "local", train=[*rows, {"text": None, "label": 60}, {"text": " ", "label": 61}], test=[])
+
+
+def test_the_field_of_a_dataset_is_split_as_a_file_is(local_dataset, tmp_path):
+    (tmp_path / "all.txt").write_text("\n\n".join(paragraphs(60)))
+    found, expected = read_corpus(f"hub:{local_dataset}:train:text"), read_corpus(tmp_path / "all.txt")
+    assert (found.profile, found.heldout) == (expected.profile, expected.heldout)
+    assert found.source == f"hub:{local_dataset}:train:text"
+
+
+def test_a_row_of_a_dataset_is_cut_as_a_file_is(datasets, tmp_path):
+    long = "\n".join(["x" * 99] * 100)
+    folder = dataset(tmp_path / "rows", train=[{"text": "one\ntwo\n\nthree"}, {"text": long}])
+    corpus = read_corpus(f"hub:{folder}:train:text")
+    assert {*corpus.profile, *corpus.heldout} == {"one\ntwo", "three", *blocks(long)}
+
+
+@pytest.mark.parametrize(
+    ("split", "field", "words"),
+    [
+        ("validation", "text", "Bad split: validation. Available splits: ['train'"),
+        ("train", "question", "its rows have no field 'question': they have text, label"),
+        ("train", "label", "its field 'label' holds no text but int"),
+    ],
+)
+def test_what_a_dataset_does_not_have_is_a_usage_error_of_one_line(local_dataset, split, field, words):
+    with pytest.raises(UsageError) as caught:
+        read_corpus(f"hub:{local_dataset}:{split}:{field}")
+    assert str(caught.value).startswith(f"profile text hub:{local_dataset}:{split}:{field}: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec", ["hub:", "hub:name", "hub:name:train", "hub:name:train:", "hub::train:text", "hub:a:b:c:d"]
+)
+def test_a_dataset_is_named_with_split_and_field(spec):
+    with pytest.raises(UsageError, match=f"profile text '{spec}': expected hub:DATASET:SPLIT:FIELD or hub:DATASET,CON"):
+        read_corpus(spec)
+
+
+def test_without_a_network_a_dataset_is_a_usage_error_of_one_line(datasets):
+    with pytest.raises(UsageError, match=r"^profile text hub:nobody/nothing:train:text: Couldn't reach [^\n]*$"):
+        read_corpus("hub:nobody/nothing:train:text")
+
+
+@pytest.fixture
+def hub(datasets, monkeypatch):
+    """A stand-in for the hub: `hub.asked` is what was asked for, `hub.served` how many rows were read of very many."""
+    hub = SimpleNamespace(asked=[], served=0, base_path="hf://datasets/some/one@" + 10 * "0a1b")
+
+    def rows():
+        for number in range(10**9):
+            hub.served += 1
+            yield {"question": f"What is {number}?", "image": None}
+
+    def builder(path, name=None):
+        hub.asked.append((path, name))
+
+        def stream(split):
+            hub.asked.append(split)
+            return datasets.IterableDataset.from_generator(rows)
+
+        return SimpleNamespace(as_streaming_dataset=stream, base_path=hub.base_path)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    return hub
+
+
+def test_of_a_dataset_no_more_is_read_than_20000_documents(hub):
+    corpus = read_corpus("hub:some/one,main:train:question")
+    assert hub.asked == [("some/one", "main"), "train"]
+    assert len(corpus.profile) + len(corpus.heldout) == HUB_DOCUMENTS == 20_000
+    assert hub.served <= HUB_DOCUMENTS + 2
+    assert {"What is 0?", "What is 19999?"} <= {*corpus.profile, *corpus.heldout}
+
+
+@pytest.mark.parametrize(
+    ("base_path", "revision"),
+    [("hf://datasets/some/one@" + 10 * "0a1b", f" at revision {10 * '0a1b'}"), ("", ""), (None, "")],
+)
+def test_the_source_says_the_revision_and_how_much_was_read(hub, base_path, revision):
+    hub.base_path = base_path
+    source = read_corpus("hub:some/one:train:question").source
+    assert source == f"hub:some/one:train:question{revision}, the first 20000 documents"
+    assert hub.asked == [("some/one", None), "train"]
+
+
+def test_a_run_profiles_a_dataset(run, local_dataset):
+    outcome = run("--profile-text", f"math=hub:{local_dataset}:train:text")
+    assert outcome.status == 0, outcome.err
+    assert outcome.record["profiles"][0]["texts"] == {"math": f"hub:{local_dataset}:train:text"}
+    assert outcome.record["command"]["resolved"]["profile_text"] == {"math": f"hub:{local_dataset}:train:text"}
+
+
+def test_a_run_refuses_what_names_no_dataset(run):
+    outcome = run("--profile-text", "math=hub:name:train")
+    assert outcome.status == 4
+    assert outcome.err.count("\n") == 1
+    assert "expected hub:DATASET:SPLIT:FIELD" in outcome.err
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
