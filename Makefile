@@ -11,7 +11,7 @@ run: $(VENV)/.installed
 	$(BIN)/spath-eval run --arch gemma --strategy negative
 
 test: $(VENV)/.installed
-	TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check

@@ -18,6 +18,9 @@ from spath_eval.contracts import Domain, Strategy, UsageError
 if TYPE_CHECKING:
     from spath_eval.pathways import Execution
 
+POOLED = "pooled"
+"""Name of all of a run's domains together."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -26,20 +29,39 @@ class Case:
     model: str
     """Name of the model: the family for a zoo model, else the last part of its reference."""
     domain: Domain
-    """The domain whose mask it is, and on which it is evaluated."""
+    """The domain whose mask it is."""
     strategy: Strategy
     sparsity: float
     """Requested share of FFN neurons to remove."""
     execution: Execution
     expert_sparsity: float = 0.0
     """Requested share of each layer's routed experts to remove whole."""
+    other: Domain | None = None
+    """The domain on which it is evaluated, where that is not the mask's."""
+
+    @property
+    def evaluated_on(self) -> Domain:
+        """The domain on which it is evaluated."""
+        return self.other or self.domain
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is evaluated on the domain whose mask it is."""
+        return self.other is None
+
+    @property
+    def mask_id(self) -> str:
+        """The id, but for what does not change the mask: where it is evaluated and how it is executed."""
+        return dataclasses.replace(self, other=None, execution="compact").id
 
     @property
     def id(self) -> str:
-        """`model/domain/strategy@sparsity`, with the options and the execution that are not the default."""
+        """`model/domain/strategy@sparsity`, with `>` and the domain it is evaluated on where that is another one, and
+        the options and the execution that are not the default."""
+        domain = self.domain.name if self.other is None else f"{self.domain.name}>{self.other.name}"
         experts = f"+experts@{self.expert_sparsity:g}" if self.expert_sparsity else ""
         suffix = "" if self.execution == "compact" else f"[{self.execution}]"
-        return f"{self.model}/{self.domain.name}/{spell(self.strategy)}@{self.sparsity:g}{experts}{suffix}"
+        return f"{self.model}/{domain}/{spell(self.strategy)}@{self.sparsity:g}{experts}{suffix}"
 
 
 def spell(strategy: Strategy) -> str:
@@ -69,6 +91,39 @@ def collect(
         for strategy in strategies
     ]
     return list({case.id: case for case in cases}.values())
+
+
+def cross(cases: Sequence[Case], domains: Sequence[Domain]) -> list[Case]:
+    """`cases`, and behind each what its mask does in the other `domains`; at the end the masks of all domains pooled.
+
+    A mask that depends on no text of its domain is no domain's, and stays alone; so does a strategy that chooses by
+    prompt or token. A strategy that compares domains has no pooled mask. Raises `UsageError` for fewer than two
+    domains.
+    """
+    if len(domains) < 2:
+        raise UsageError("--cross evaluates the masks of domains on each other: name two domains or more")
+    crossed: list[Case] = []
+    together: dict[str, Case] = {}
+    everything = pooled(domains)
+    for case in cases:
+        crossed.append(case)
+        if case.strategy.kind != "static" or not (case.strategy.requires or case.strategy.needs_batches):
+            continue
+        crossed += [dataclasses.replace(case, other=domain) for domain in domains if domain != case.domain]
+        if not case.strategy.all_domains:
+            for domain in domains:
+                pool = dataclasses.replace(case, domain=everything, other=domain)
+                together[pool.id] = pool
+    return crossed + list(together.values())
+
+
+def pooled(domains: Sequence[Domain]) -> Domain:
+    """Stands for `domains` together: the text of all of them, and no task."""
+
+    def texts(split: str) -> list[str]:
+        return [text for domain in domains for text in domain.texts(split)]
+
+    return Domain(POOLED, texts, tasks=(), provenance=f"pooled: {', '.join(domain.name for domain in domains)}")
 
 
 def keyword_filter(expression: str) -> Callable[[str], bool]:

@@ -129,6 +129,10 @@ class Context:
     """The dense model, for strategies that need forwards or gradients."""
     batches: Sequence[Mapping[str, torch.Tensor]] = field(default=())
     """Calibration batches (`input_ids`, `attention_mask`: `[batch, tokens]`) for `model`."""
+    counted: Sequence[torch.Tensor] = field(default=())
+    """For each of `batches`, which tokens are the text's own, neither padding nor BOS: boolean `[batch, tokens]`."""
+    prepared: Any = None
+    """What the strategy's `prepare` returned."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,16 @@ class Strategy:
     """Whether it compares its domain with the other reference domains, which are then profiled too."""
     needs_batches: ClassVar[bool] = False
     """Whether it reads the context's `batches`."""
+    reads_product: ClassVar[bool] = True
+    """Kind `token`: whether `keep` reads `product`. A kernel hands one that does not a tensor on the meta device."""
+    control: ClassVar[bool] = False
+    """Whether it is no rival but a check: it must look bad, or exactly neutral."""
 
     def select(self, context: Context) -> Mask:
-        """Kind `static`: the mask of `context.domain` within `context.budget`."""
+        """Kind `static`: the mask of `context.domain` within `context.budget`.
+
+        It is called again with the profiles of two halves of the text, to see how far they agree.
+        """
         raise NotImplementedError(f"{type(self).__name__} is of kind {self.kind} and selects no static mask")
 
     def select_prompt(self, context: Context, activations: Mapping[str, torch.Tensor]) -> Mask:
@@ -159,6 +170,13 @@ class Strategy:
         `activations` maps a site's path to what entered its down projection over the prompt, `[tokens, width]`.
         """
         raise NotImplementedError(f"{type(self).__name__} is of kind {self.kind} and selects no prompt mask")
+
+    def prepare(self, context: Context) -> Any:
+        """Kind `token`: what `keep` finds in `context.prepared`; computed once, while the model is dense.
+
+        It is the place for forwards over the context's `batches`.
+        """
+        return None
 
     def keep(self, context: Context, site: Site, gate: torch.Tensor | None, product: torch.Tensor) -> torch.Tensor:
         """Kind `token`: which neurons each token keeps, boolean `[tokens, width]`.

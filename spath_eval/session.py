@@ -21,17 +21,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spath_eval import records
-from spath_eval.collection import Case, Limits, collect, keyword_filter
+from spath_eval.collection import POOLED, Case, Limits, collect, cross, keyword_filter
 from spath_eval.contracts import Architecture, Budget, Context, Domain, LoadRequest, Strategy, UsageError
-from spath_eval.masks import Mask
+from spath_eval.masks import Mask, jaccard
 from spath_eval.models import (
     GuessedArchitecture,
+    check_device_map,
+    device_map,
     find_architecture,
     fingerprint,
+    parameter_count,
     read_config,
     resolve_device,
     resolve_dtype,
     tokenizer_digest,
+    weight_bytes,
 )
 from spath_eval.pathways import (
     Execution,
@@ -45,8 +49,7 @@ from spath_eval.pathways import (
     check_neutrality,
     check_parity,
 )
-from spath_eval.profiling import ROUTING, STATISTICS, DomainProfile, Profile, cached_profile, profile_domain
-from spath_eval.quality import statistics
+from spath_eval.profiling import ROUTING, STATISTICS, DomainProfile, Profile, cached_profile, pooled, profile_domain
 from spath_eval.quality.adapter import (
     Evaluation,
     PathwayLM,
@@ -57,9 +60,11 @@ from spath_eval.quality.adapter import (
     task_record,
 )
 from spath_eval.quality.benchmarks import load_tasks
-from spath_eval.quality.preservation import Preservation
+from spath_eval.quality.overlap import overlaps
+from spath_eval.quality.paired import Arm, compare_arms, compare_quality, noise_floor, score_record
+from spath_eval.quality.preservation import Nats, Preservation
 from spath_eval.registry import Registry
-from spath_eval.sites import Site
+from spath_eval.sites import Site, quantisation
 from spath_eval.texts import Batch, Corpus, batches, digest, in_hash_order, read_corpus
 
 if TYPE_CHECKING:
@@ -71,6 +76,12 @@ PASSAGE_LINES = 12
 """Lines up to which a prompt is recognised inside a longer document."""
 PROBE_TOKENS = 96
 """Tokens of the batch on which the gates compare executions."""
+SHARED_WORDS = 13
+"""Words in a row by which an item and the profile text overlap."""
+OVERLAP_LIMIT = 0.02
+"""Share of a task's documents, and at least one, that may do so by chance: texts quote, count and begin alike."""
+CONVERGED = 0.7
+"""Jaccard of the masks of two halves of a text, below which the text is too short to choose by."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,13 @@ class Options:
     expert_sparsity: float = 0.0
     mask: Path | None = None
     execution: Execution = "compact"
+    cross: bool = False
+    """Whether each domain's mask, and one of all domains together, is evaluated on every domain."""
     speed: bool = True
+    quality: bool = True
+    """Whether tasks are evaluated; output preservation always is."""
+    noise_floor: bool = False
+    """Whether the dense model is evaluated once more with another batch size."""
     tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The lm-eval tasks of domains, in the place of their own."""
     include_path: tuple[Path, ...] = ()
@@ -108,9 +125,11 @@ class Options:
     keyword: str | None = None
     exitfirst: bool = False
     device: str = "auto"
+    device_map: str | None = None
+    """How the model is spread over all devices, instead of lying on `device`: one of `models.DEVICE_MAPS`."""
     dtype: str = "auto"
     batch_size: int = 32
-    profile_text: Mapping[str, Path] = field(default_factory=dict)
+    profile_text: Mapping[str, Path | str] = field(default_factory=dict)
     profile_tokens: int = 20_000
     preservation_tokens: int = 5_000
     allow_overlap: bool = False
@@ -147,6 +166,7 @@ class Session:
         self.options = options
         self.registry = registry
         self.given = tuple(given)
+        check_device_map(options.device_map, options.device)
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device)
         self.targets = self._targets()
@@ -166,6 +186,7 @@ class Session:
         self._model_records: list[dict[str, Any]] = []
         self._shared: list[dict[str, list[dict[str, Any]]]] = []
         self._samples: list[dict[str, Any]] = []
+        self._comparisons: list[dict[str, Any]] = []
         self.status = "complete"
         self.created = datetime.now(UTC)
         self.output = options.output or self._default_output()
@@ -182,7 +203,7 @@ class Session:
         an output that is not to be had.
         """
         records.check_writable(self.output)
-        for domain in {case.domain.name: case.domain for case in self.cases}.values():
+        for domain in {case.evaluated_on.name: case.evaluated_on for case in self.cases}.values():
             self.tasks[domain.name] = self._load_tasks(domain)
         try:
             for target in self.targets:
@@ -202,7 +223,9 @@ class Session:
     def load(self, target: Target) -> LoadedModel:
         """Load a model through the plugins."""
         options = self.options
-        request = LoadRequest(target.reference, options.revision, target.architecture, self.device, self.dtype)
+        request = LoadRequest(
+            target.reference, options.revision, target.architecture, self.device, self.dtype, options.device_map
+        )
         model, tokenizer = self.registry.hook.spath_load_model(request=request)
         return LoadedModel(target, model, tokenizer, self)
 
@@ -210,6 +233,8 @@ class Session:
         """The tasks on which a domain is evaluated: those asked for, else public benchmarks where their rows are at
         hand, else its own."""
         options = self.options
+        if not options.quality:
+            return {}
         public = domain.benchmarks if (options.data_dir or options.hub) and not options.tasks else ()
         return load_tasks(
             options.tasks.get(domain.name) or public or domain.tasks,
@@ -239,6 +264,9 @@ class Session:
                 Mask.load(self.options.mask).check(loaded.sites)
             if self.options.expert_sparsity and not any(site.experts for site in loaded.sites):
                 raise UsageError(f"--expert-sparsity: {target.name} has no routed experts")
+            unsliceable = (site.unsliceable for site in loaded.sites)
+            if any(case.execution == "compact" for case in cases) and (reason := next(filter(None, unsliceable), None)):
+                raise UsageError(reason)
         except UsageError as error:
             if not self._model_records:
                 raise
@@ -262,6 +290,7 @@ class Session:
         finally:
             self._shared.append(self.loaded.shared_records())
             self._samples += self.loaded.dense_samples()
+            self._comparisons += compare_arms(self.loaded.arms, self.options.seed)
             self.loaded = self.pathway = None  # so that two models are never in memory together
 
     def _run_case(self, case: Case) -> dict[str, Any]:
@@ -283,7 +312,12 @@ class Session:
 
     def _describe(self, case: Case) -> dict[str, Any]:
         strategy = case.strategy
-        about = {"name": strategy.name, "options": dataclasses.asdict(strategy), "kind": strategy.kind}
+        about = {
+            "name": strategy.name,
+            "options": dataclasses.asdict(strategy),
+            "kind": strategy.kind,
+            "control": strategy.control,
+        }
         if not isinstance(strategy, GivenMask):
             about["plugin"] = self.registry.owner("strategy", strategy.name).name
         return {
@@ -291,7 +325,7 @@ class Session:
             "model": case.model,
             "arch": next(target.architecture.name for target in self.targets if target.name == case.model),
             "domain": case.domain.name,
-            "evaluated_on": case.domain.name,
+            "evaluated_on": case.evaluated_on.name,
             "strategy": about,
             "execution": case.execution,
         }
@@ -327,18 +361,31 @@ class Session:
         options = self.options
         names = [target.name for target in self.targets]
         if options.mask is None:
-            strategies: list[Strategy] = [self.registry.parse_strategy(text) for text in options.strategies]
+            strategies: list[Strategy] = [
+                strategy
+                for text in options.strategies
+                for strategy in (self._all_static() if text == "all" else [self.registry.parse_strategy(text)])
+            ]
             cases = collect(
                 names, self.domains, strategies, options.sparsities, options.execution, options.expert_sparsity
             )
         else:
             sparsity = round(Mask.load(options.mask).achieved, 4)
             cases = collect(names, self.domains, [GivenMask(options.mask)], [sparsity], options.execution)
+        if options.cross:
+            if options.mask:
+                raise UsageError("--cross selects masks for each domain, and --mask gives one: give one of the two")
+            if any(domain.name == POOLED for domain in self.domains):
+                raise UsageError(f"--cross calls the mask of all domains {POOLED}, which is a domain's name here")
+            cases = cross(cases, self.domains)
         self.registry.hook.spath_collection_modifyitems(cases=cases, session=self)
         if options.keyword:
             chosen = keyword_filter(options.keyword)
             cases = [case for case in cases if chosen(case.id)]
         return cases
+
+    def _all_static(self) -> list[Strategy]:
+        return [self.registry.parse_strategy(n) for n, one in self.registry.strategies.items() if one.kind == "static"]
 
     def _default_output(self) -> Path:
         models = "+".join(target.name for target in self.targets)
@@ -366,6 +413,7 @@ class Session:
             "models": self._model_records,
             **shared,
             "cases": self.results,
+            "comparisons": self._comparisons,
         }
         if self._samples:
             samples = records.write_samples(
@@ -396,6 +444,13 @@ class LoadedModel:
         """Those that strategies were given, by fingerprint."""
         self._dense: dict[str, Evaluation] = {}
         self._truncated: dict[str, int] = {}
+        self._noise: dict[str, list[dict[str, Any]]] = {}
+        self._masks: dict[str, tuple[Mask, dict[str, Any]]] = {}
+        self._shared_words: dict[tuple[str, ...], dict[str, float]] = {}
+        self.arms: list[Arm] = []
+        """What cases have scored, in their order."""
+        self.timed: dict[str, str] = {}
+        """The case in which a mask's speed was measured."""
         self._preservation: dict[str, Preservation] = {}
         self._neutrality: dict[Execution, Neutrality] = {}
         self.layer_speed: dict[tuple[str, float], dict[str, Any]] = {}
@@ -405,7 +460,11 @@ class LoadedModel:
         """The domain's text: the user's, else the domain's own."""
         if domain.name not in self._corpora:
             own = self.session.corpora.get(domain.name)
-            if own is None:
+            if domain.name == POOLED:
+                parts = [self.corpus(one) for one in self.session.domains]
+                profile = in_hash_order(text for part in parts for text in part.profile)
+                own = Corpus(tuple(profile), (), domain.provenance)
+            elif own is None:
                 profile, heldout = in_hash_order(domain.texts("profile")), in_hash_order(domain.texts("heldout"))
                 if not profile:
                     raise UsageError(f"domain {domain.name!r} has no profile text")
@@ -425,6 +484,19 @@ class LoadedModel:
                     found.update(digest("\n".join(lines[start:end])) for end in ends)
         return self._passages[domain.name]
 
+    def shared_words(
+        self, domains: Sequence[Domain], evaluated_on: Domain, items: Mapping[str, Sequence[set[str]]]
+    ) -> dict[str, float]:
+        """By task, the share of `items` that have 13 words in a row which stand in the domains' profile text."""
+        key = (evaluated_on.name, *(domain.name for domain in domains))
+        if key not in self._shared_words:
+            texts = [text for domain in domains for text in self.corpus(domain).profile]
+            found = iter(overlaps(texts, [item for task in items.values() for item in task], SHARED_WORDS))
+            self._shared_words[key] = {
+                task: sum(next(found) for _ in documents) / len(documents) for task, documents in items.items()
+            }
+        return self._shared_words[key]
+
     def profile(self, strategy: Strategy, domain: Domain) -> Profile | None:
         """The profile that the strategy requires for the domain; none where it requires none."""
         if not strategy.requires:
@@ -432,6 +504,8 @@ class LoadedModel:
         reference = [one for one in self.session.registry.domains.values() if strategy.all_domains and one != domain]
         cases = [case for case in self.session.cases if case.model == self.target.name]
         names = sorted({name for case in cases for name in case.strategy.requires})  # one pass serves all cases
+        if domain.name == POOLED:
+            return self._remember(pooled(self.make_profile(self.session.domains, names), POOLED))
         return self.make_profile([domain, *reference], names)
 
     def make_profile(self, domains: Sequence[Domain], names: Sequence[str]) -> Profile:
@@ -440,17 +514,28 @@ class LoadedModel:
         if unknown := [name for name in names if name not in known]:
             raise UsageError(f"unknown statistic {unknown[0]!r}: there are {', '.join(known)}")
         profile = Profile({domain.name: self._domain_profile(domain, names) for domain in domains}, self.fingerprint)
+        return self._remember(profile)
+
+    def _remember(self, profile: Profile) -> Profile:
         return self._profiles.setdefault(profile.fingerprint, profile)
 
     def select(self, case: Case, context: Context) -> Mask:
         """The mask that the case's static strategy selects, with its provenance."""
-        mask = case.strategy.select(context)
-        provenance = {
-            "model": self.fingerprint,
-            "case": case.id,
-            "profile": context.profile.fingerprint if context.profile else "none",
-        }
-        return Mask(mask.keep, provenance, mask.experts)
+        if case.mask_id not in self._masks:
+            state = context.generator.get_state()
+            mask = case.strategy.select(context)
+            context.generator.set_state(state)
+            provenance = {
+                "model": self.fingerprint,
+                "case": case.mask_id,
+                "profile": context.profile.fingerprint if context.profile else "none",
+            }
+            self._masks[case.mask_id] = Mask(mask.keep, provenance, mask.experts), _convergence(case, context)
+        return self._masks[case.mask_id][0]
+
+    def convergence(self, case: Case) -> dict[str, Any]:
+        """The record's `convergence` of a case whose mask was selected."""
+        return self._masks[case.mask_id][1]
 
     def evaluate(self, domain: Domain) -> Evaluation:
         """The scores on the domain's tasks of the model as it now is."""
@@ -478,6 +563,9 @@ class LoadedModel:
                     self.lm.truncated,
                     self.lm.max_length,
                 )
+            if self.session.options.noise_floor:
+                with self.lm.repacked():
+                    self._noise[domain.name] = noise_floor(self._dense[domain.name], self.evaluate(domain))
         return self._dense[domain.name]
 
     def preservation(self, domain: Domain) -> Preservation:
@@ -491,6 +579,9 @@ class LoadedModel:
                 tokens=options.preservation_tokens,
                 batch_size=options.batch_size,
             )
+        for name, other in self._preservation.items():
+            if name != domain.name:
+                other.forget()
         return self._preservation[domain.name]
 
     def probe(self, domain: Domain) -> Batch:
@@ -507,17 +598,16 @@ class LoadedModel:
 
     def context(self, case: Case) -> Context:
         """What the case's strategy may look at."""
-        name = dataclasses.replace(case, execution="compact").id  # the same mask, however it is executed
-        seed = hashlib.sha256(f"{self.session.options.seed}/{name}".encode()).digest()
-        calibration = (
-            batch.inputs(self.model.device)
-            for batch in batches(
+        seed = hashlib.sha256(f"{self.session.options.seed}/{case.mask_id}".encode()).digest()
+        device = self.model.device
+        calibration: list[Batch] = []
+        if case.strategy.needs_batches:
+            calibration += batches(
                 self.tokenizer,
                 self.corpus(case.domain).profile,
                 tokens=self.session.options.profile_tokens,
                 batch_size=self.session.options.batch_size,
             )
-        )
         return Context(
             domain=case.domain.name,
             budget=Budget(case.sparsity, case.expert_sparsity),
@@ -525,23 +615,25 @@ class LoadedModel:
             profile=self.profile(case.strategy, case.domain),
             generator=torch.Generator().manual_seed(int.from_bytes(seed[:7], "big")),
             model=self.model,
-            batches=tuple(calibration) if case.strategy.needs_batches else (),
+            batches=tuple(batch.inputs(device) for batch in calibration),
+            counted=tuple(batch.counted.to(device) for batch in calibration),
         )
 
     def record(self) -> dict[str, Any]:
         """The record's entry of the model."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        ffn = sum(site.weight_bytes(None) for site in self.sites) / self.model.dtype.itemsize
+        ffn = sum(site.weight_bytes(None) for site in self.sites)
         config = self.model.config.get_text_config()
         record = {
             "name": self.target.name,
             "arch": self.target.architecture.name,
             "reference": self.target.reference,
             "fingerprint": self.fingerprint,
-            "parameters": parameters,
+            "parameters": parameter_count(self.model),
             "layers": config.num_hidden_layers,
             "sites": [_without_none({"path": s.path, "width": s.width, "experts": s.experts}) for s in self.sites],
-            "ffn_share": ffn / parameters,
+            "ffn_share": ffn / weight_bytes(self.model),
+            "quantisation": quantisation(self.model.config),
+            "device_map": device_map(self.model),
         }
         options = self.session.options
         return _without_none(record | {"revision": options.revision, "sites_pattern": options.sites})
@@ -565,11 +657,12 @@ class LoadedModel:
                 limit = self.session.limits.of(task.task_name)
                 tasks += task_record(task, evaluation, limit, options.batch_size)
             quality = [
-                {"task": s.task, "metric": s.metric, "filter": s.filter, **_score(s)}
+                {"task": s.task, "metric": s.metric, "filter": s.filter, **score_record(s)}
                 for s in evaluation.scores.values()
             ]
             arm = {"model": self.target.name, "domain": domain, "quality": quality}
-            dense.append(arm | {"truncated_requests": self._truncated[domain]})
+            noise = {"noise_floor": self._noise[domain]} if domain in self._noise else {}
+            dense.append(arm | {"truncated_requests": self._truncated[domain]} | noise)
         return {"profiles": profiles, "tasks": tasks, "dense": dense}
 
     def dense_samples(self) -> list[dict[str, Any]]:
@@ -577,7 +670,7 @@ class LoadedModel:
         return [
             {"case": f"{self.target.name}/{domain}/dense", **row}
             for domain, evaluation in self._dense.items()
-            for row in evaluation.samples
+            for row in [*evaluation.samples, *_heldout_rows(self._preservation.get(domain))]
         ]
 
     def _domain_profile(self, domain: Domain, names: Sequence[str]) -> DomainProfile:
@@ -609,21 +702,29 @@ def run_case(case: Case, session: Session) -> dict[str, Any]:
     context = loaded.context(case)
     disjoint = check_disjoint(loaded, case, options.allow_overlap)
     pathway = make_pathway(loaded, case, context)
-    neutrality = loaded.neutrality(pathway.execution, case.domain)
+    neutrality = loaded.neutrality(pathway.execution, case.evaluated_on)
     gates: dict[str, Any] = {"parity": None, "parity_reason": f"{pathway.execution} execution has nothing to compare"}
     if isinstance(pathway, StaticPathway) and pathway.execution == "compact":
-        gates = {"parity": check_parity(loaded.model, pathway, loaded.probe(case.domain))}
+        gates = {"parity": check_parity(loaded.model, pathway, loaded.probe(case.evaluated_on))}
     sparse, exercised = score_sparse(loaded, case, pathway)
-    dense = loaded.dense(case.domain)
+    dense = loaded.dense(case.evaluated_on)
+
+    def level(scores: Scores) -> tuple[float | None, str | None]:
+        task = session.tasks[case.evaluated_on.name][scores.task]
+        return chance(task, scores.metric, session.limits.of(scores.task))
+
     result: dict[str, Any] = {
         "gates": gates | {"exercised": exercised | dataclasses.asdict(neutrality), "disjoint": disjoint},
-        "quality": compare_quality(loaded, case, dense, sparse),
-        "_samples": sparse.samples,
+        "quality": compare_quality(dense, sparse, level, options.seed),
     }
+    if not options.quality:
+        result["quality_reason"] = "not asked for"
     result |= describe_mask(loaded, case, pathway, context)
-    result |= preserve(loaded, case, pathway)
+    preserved, heldout = preserve(loaded, case, pathway)
+    loaded.arms.append(Arm(case, sparse.scores, result["quality"], heldout))
     session.pathway = pathway
-    return result | measure_speed(case, session)
+    samples = [*sparse.samples, *_rows(heldout)]
+    return result | preserved | {"_samples": samples} | measure_speed(case, session)
 
 
 def make_pathway(loaded: LoadedModel, case: Case, context: Context) -> Pathway:
@@ -644,77 +745,15 @@ def score_sparse(loaded: LoadedModel, case: Case, pathway: Pathway) -> tuple[Eva
     loaded.lm.prompt_pathway = pathway if isinstance(pathway, PromptPathway) else None
     try:
         with pathway.applied(), exercise.watching():
-            sparse = loaded.evaluate(case.domain)
+            sparse = loaded.evaluate(case.evaluated_on)
             if isinstance(pathway, PromptPathway):
                 pathway.begin()
             _generate_a_little(loaded, case)
     finally:
         loaded.lm.exercise = loaded.lm.prompt_pathway = None
-    scored = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.session.tasks[case.domain.name].values())
+    tasks = loaded.session.tasks[case.evaluated_on.name].values()
+    scored = any(task.OUTPUT_TYPE != "generate_until" for task in tasks)
     return sparse, exercise.check(["prefill", "decode"] + ["scoring"] * scored)
-
-
-def compare_quality(loaded: LoadedModel, case: Case, dense: Evaluation, sparse: Evaluation) -> list[dict[str, Any]]:
-    """The record's `quality`: per task, metric and filter, both arms and their paired difference."""
-    session = loaded.session
-    entries = []
-    for key, before in dense.scores.items():
-        after = sparse.scores[key]
-        task = session.tasks[case.domain.name][before.task]
-        level, level_reason = chance(task, before.metric, session.limits.of(before.task))
-        entry: dict[str, Any] = {
-            "task": before.task,
-            "metric": before.metric,
-            "filter": before.filter,
-            "higher_is_better": before.higher_is_better,
-            "documents": len({row["doc_id"] for row in dense.samples if row["task"] == before.task}),
-            "chance": level,
-            "dense": _score(before),
-            "sparse": _score(after),
-        }
-        if level_reason:
-            entry["chance_reason"] = level_reason
-        entries.append(entry | _paired(before, after, level, level_reason, session.options.seed))
-    return entries + [_unmeasured(task, reason, dense) for task, reason in dense.unscored.items()]
-
-
-def _unmeasured(task: str, reason: str, dense: Evaluation) -> dict[str, Any]:
-    """The record's `quality` of a task whose texts were generated and not scored."""
-    nothing = {"value": None, "reason": f"not measured: {reason}"}
-    return {
-        "task": task,
-        "metric": "pass@1",
-        "filter": "none",
-        "higher_is_better": True,
-        "documents": len({row["doc_id"] for row in dense.samples if row["task"] == task}),
-        "chance": 0.0,
-        "dense": nothing,
-        "sparse": nothing,
-        "difference": nothing | {"ci95": None, "p_value": None, "lost": None, "gained": None},
-        "retention": nothing | {"ci95": None},
-    }
-
-
-def _paired(before: Scores, after: Scores, level: float | None, level_reason: str | None, seed: int) -> dict[str, Any]:
-    if (before.per_document.keys(), before.likelihoods.keys()) != (after.per_document.keys(), after.likelihoods.keys()):
-        raise GateError(f"{before.task}: the two arms were not scored on the same documents and prompts")
-    if before.likelihoods:
-        arms = [list(before.likelihoods.values()), [after.likelihoods[key] for key in before.likelihoods]]
-        change = dataclasses.asdict(statistics.corpus_difference(before.metric, *arms, seed=seed))
-        scale = {} if before.metric == "bits_per_byte" else {"scale": "logarithm of sparse / dense"}
-        return {"difference": change | scale, "retention": {"value": None, "ci95": None, "reason": level_reason}}
-    if not before.per_document:
-        reason = "the metric is no mean over documents"
-        unpaired = {"value": after.value - before.value, "ci95": None, "p_value": None, "lost": 0, "gained": 0}
-        return {
-            "difference": unpaired | {"reason": reason},
-            "retention": {"value": None, "ci95": None, "reason": level_reason or reason},
-        }
-    dense = list(before.per_document.values())
-    sparse = [after.per_document[key] for key in before.per_document]
-    difference = statistics.paired_difference(dense, sparse, higher_is_better=before.higher_is_better, seed=seed)
-    kept = statistics.retention(dense, sparse, level, seed=seed)
-    return {"difference": dataclasses.asdict(difference), "retention": _without_reason(dataclasses.asdict(kept))}
 
 
 def describe_mask(loaded: LoadedModel, case: Case, pathway: Pathway, context: Context) -> dict[str, Any]:
@@ -725,21 +764,25 @@ def describe_mask(loaded: LoadedModel, case: Case, pathway: Pathway, context: Co
     if isinstance(pathway, StaticPathway):
         removed = sum(site.weight_bytes(None) - site.weight_bytes(pathway.mask) for site in loaded.sites)
         ffn = sum(site.weight_bytes(None) for site in loaded.sites)
-        total = sum(parameter.nbytes for parameter in loaded.model.parameters())
+        total = weight_bytes(loaded.model)
         digest_and_path: dict[str, Any] = {"digest": pathway.mask.digest}
         if isinstance(case.strategy, GivenMask):
             digest_and_path["path"] = case.strategy.file
-        return result | {
-            "mask": digest_and_path,
-            "sparsity": {
-                "requested": case.sparsity,
-                "achieved": pathway.mask.achieved,
-                "per_site": pathway.mask.per_site,
-                "ffn_weights_removed": removed / ffn,
-                "model_weights_removed": removed / total,
-                **({"experts_requested": case.expert_sparsity} if case.expert_sparsity else {}),
-            },
-        }
+        return (
+            result
+            | loaded.convergence(case)
+            | {
+                "mask": digest_and_path,
+                "sparsity": {
+                    "requested": case.sparsity,
+                    "achieved": pathway.mask.achieved,
+                    "per_site": pathway.mask.per_site,
+                    "ffn_weights_removed": removed / ffn,
+                    "model_weights_removed": removed / total,
+                    **({"experts_requested": case.expert_sparsity} if case.expert_sparsity else {}),
+                },
+            }
+        )
     assert isinstance(pathway, TokenPathway | PromptPathway)
     return result | {
         "mask": None,
@@ -754,21 +797,27 @@ def describe_mask(loaded: LoadedModel, case: Case, pathway: Pathway, context: Co
     }
 
 
-def preserve(loaded: LoadedModel, case: Case, pathway: Pathway) -> dict[str, Any]:
-    """The record's `preservation` of a case, or the reason why there is none."""
+def preserve(loaded: LoadedModel, case: Case, pathway: Pathway) -> tuple[dict[str, Any], Mapping[str, Nats]]:
+    """The record's `preservation` of a case, or the reason why there is none; and what each held-out document lost."""
     if isinstance(pathway, PromptPathway):
-        return {"preservation": None, "preservation_reason": "a prompt strategy has no mask for text without a prompt"}
+        reason = "a prompt strategy has no mask for text without a prompt"
+        return {"preservation": None, "preservation_reason": reason}, {}
     try:
-        preservation = loaded.preservation(case.domain)
+        preservation = loaded.preservation(case.evaluated_on)
     except UsageError as error:
-        return {"preservation": None, "preservation_reason": str(error)}
-    return {"preservation": preservation.compare(pathway, seed=loaded.session.options.seed)}
+        return {"preservation": None, "preservation_reason": str(error)}, {}
+    record, heldout = preservation.measure(pathway, seed=loaded.session.options.seed)
+    return {"preservation": record}, heldout
 
 
 def measure_speed(case: Case, session: Session) -> dict[str, Any]:
     """The record's `speed` of a case, or the reason why it was not measured."""
     if not session.options.speed:
         return {"speed": [], "speed_reason": "not asked for"}
+    loaded = session.loaded
+    assert loaded is not None
+    if (timed := loaded.timed.setdefault(case.mask_id, case.id)) != case.id:
+        return {"speed": [], "speed_reason": f"the same pathway as in {timed}"}
     entries = session.registry.hook.spath_measure_speed(case=case, session=session)
     if not entries:
         return {"speed": [], "speed_reason": "not measured: masking is not skipping, and there is no compact execution"}
@@ -776,44 +825,84 @@ def measure_speed(case: Case, session: Session) -> dict[str, Any]:
 
 
 def check_disjoint(loaded: LoadedModel, case: Case, allowed: bool) -> dict[str, Any]:
-    """Which share of each task's documents stands in the calibration text, as a document or as lines of one.
+    """Which share of each task's documents stands in the calibration text, as a document or as lines of one; and which
+    share has 13 words in a row that stand there.
 
-    Raises `GateError` where there is any, unless that is allowed.
+    Raises `GateError` where there is any of the former, or more of the latter than chance explains, unless that is
+    allowed.
     """
-    known: set[str] = set()
+    session = loaded.session
+    domains: Sequence[Domain] = []
     if case.strategy.requires or case.strategy.needs_batches:
-        domains = loaded.session.registry.domains.values() if case.strategy.all_domains else [case.domain]
-        known.update(*(loaded.passages(domain) for domain in domains))
-    overlap = {}
-    for task, documents in item_texts(loaded.dense(case.domain)).items():
-        found = sum(any(digest(text) in known for text in texts) for texts in documents)
-        overlap[task] = found / len(documents)
-    if any(overlap.values()) and not allowed:
-        shares = ", ".join(f"{share:.1%} of {task}" for task, share in overlap.items() if share)
+        everything = session.domains if case.domain.name == POOLED else list(session.registry.domains.values())
+        domains = everything if case.strategy.all_domains or case.domain.name == POOLED else [case.domain]
+    items = item_texts(loaded.dense(case.evaluated_on), session.tasks[case.evaluated_on.name])
+    known = set().union(*(loaded.passages(domain) for domain in domains))
+    overlap = {
+        task: sum(any(digest(text) in known for text in texts) for texts in documents) / len(documents)
+        for task, documents in items.items()
+    }
+    ngrams = loaded.shared_words(domains, case.evaluated_on, items)
+    whole = [f"{share:.1%} of {task}" for task, share in overlap.items() if share]
+    parts = [
+        f"{share:.1%} of {task}"
+        for task, share in ngrams.items()
+        if share > max(OVERLAP_LIMIT, 1 / len(items[task])) and not overlap[task]
+    ]
+    found = [f"holds {', '.join(whole)}"] * bool(whole)
+    found += [f"shares {SHARED_WORDS} words in a row with {', '.join(parts)}"] * bool(parts)
+    if found and not allowed:
         raise GateError(
-            f"the profile text holds {shares}: calibration and evaluation overlap (--allow-overlap accepts it)"
+            f"the profile text {' and '.join(found)}: calibration and evaluation overlap (--allow-overlap accepts it)"
         )
-    return {"ok": not any(overlap.values()), "overlap": overlap, "allowed": allowed}
+    return {"ok": not found, "overlap": overlap, "ngrams": ngrams, "allowed": allowed}
 
 
 def _generate_a_little(loaded: LoadedModel, case: Case) -> None:
     """Prefill and two steps of decoding: the phases whose speed is measured must have been seen with the mask."""
-    batch = loaded.probe(case.domain)
+    batch = loaded.probe(case.evaluated_on)
     row = batch.input_ids[:1][:, batch.attention_mask[0].bool()].to(loaded.model.device)
     generate = cast(Callable[..., Any], loaded.model.generate)
     generate(row, attention_mask=torch.ones_like(row), max_new_tokens=3, min_new_tokens=3, do_sample=False)
 
 
-def _score(scores: Scores) -> dict[str, Any]:
-    return _without_none({"value": scores.value, "stderr": scores.stderr})
+def _convergence(case: Case, context: Context) -> dict[str, Any]:
+    """The record's `convergence` of a mask: how far two halves of the profile text agree on it."""
+    if context.profile is None or case.strategy.needs_batches:
+        reason = (
+            "the strategy reads no profile" if context.profile is None else "the strategy reads more than a profile"
+        )
+        return {"convergence": None, "convergence_reason": reason}
+    try:
+        halves = [context.profile.half(index) for index in (0, 1)]
+    except UsageError as error:
+        return {"convergence": None, "convergence_reason": str(error)}
+    masks = []
+    for half in halves:
+        generator = torch.Generator()
+        generator.set_state(context.generator.get_state())  # so that chance is the same in both
+        masks.append(case.strategy.select(dataclasses.replace(context, profile=half, generator=generator)))
+    agreement = jaccard(*masks)
+    if agreement < CONVERGED:
+        log.warning(
+            "%s: two halves of the profile text agree on %.0f%% of the neurons that either removes: profile more text",
+            case.mask_id,
+            100 * agreement,
+        )
+    return {"convergence": {"jaccard": agreement, "threshold": CONVERGED}}
+
+
+def _rows(heldout: Mapping[str, Nats]) -> list[dict[str, Any]]:
+    """The samples of held-out documents."""
+    return [{"heldout": key, "nats": nats, "tokens": tokens} for key, (nats, tokens) in heldout.items()]
+
+
+def _heldout_rows(preservation: Preservation | None) -> list[dict[str, Any]]:
+    return _rows(preservation.dense_nats) if preservation else []
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _without_reason(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != "reason" or value is not None}
 
 
 def _plain(options: Options) -> dict[str, Any]:

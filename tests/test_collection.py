@@ -13,6 +13,7 @@ from spath_eval.collection import (
     Case,
     Limits,
     collect,
+    cross,
     keyword_filter,
     parse_limits,
     parse_sparsities,
@@ -20,6 +21,7 @@ from spath_eval.collection import (
 )
 from spath_eval.plugins.strategies.negative import Negative
 from spath_eval.plugins.strategies.random import Random
+from spath_eval.plugins.strategies.specialisation import Specialisation
 from spath_eval.session import GivenMask
 
 MATH = Domain("math", lambda split: [], ())
@@ -53,6 +55,32 @@ def test_cases_go_by_model_domain_sparsity_and_strategy():
         "a/code/negative@0.3",
     ]
     assert cases[8].id == "b/math/negative@0.3"
+
+
+def test_crossed_masks_are_evaluated_on_every_domain():
+    crossed = cross(collect(["a"], [MATH, CODE], [Negative(), Random()], [0.1], "compact"), [MATH, CODE])
+    assert [case.id for case in crossed] == [
+        "a/math/negative@0.1",
+        "a/math>code/negative@0.1",
+        "a/math/random@0.1",
+        "a/code/negative@0.1",
+        "a/code>math/negative@0.1",
+        "a/code/random@0.1",
+        "a/pooled>math/negative@0.1",
+        "a/pooled>code/negative@0.1",
+    ]
+    assert {case.mask_id for case in crossed if case.domain.name == "pooled"} == {"a/pooled/negative@0.1"}
+    assert [case.is_own for case in crossed] == [True, False, True, True, False, True, False, False]
+
+
+def test_a_strategy_that_compares_domains_has_no_pooled_mask():
+    crossed = cross(collect(["a"], [MATH, CODE], [Specialisation()], [0.1], "compact"), [MATH, CODE])
+    assert {case.domain.name for case in crossed} == {"math", "code"}
+
+
+def test_a_single_domain_cannot_be_crossed():
+    with pytest.raises(UsageError, match="two domains or more"):
+        cross(collect(["a"], [MATH], [Negative()], [0.1], "compact"), [MATH])
 
 
 def test_what_is_asked_for_twice_is_one_case():

@@ -196,7 +196,7 @@ def test_masked_execution_has_no_speed(spath_eval_command, work_folder, tiny_che
 
 
 def test_both_arms_meet_the_same_requests(run):
-    samples = run("--limit", 6).samples
+    samples = [row for row in run("--limit", 6).samples if "task" in row]
     requests = {}
     for row in samples:
         requests.setdefault(row["case"], []).append(
@@ -215,7 +215,7 @@ def test_the_samples_hold_the_scores_of_the_record(run):
                 scores = [
                     row[entry["metric"]]
                     for row in outcome.samples
-                    if row["case"] == name and row["task"] == entry["task"] and row["filter"] == entry["filter"]
+                    if row["case"] == name and row.get("task") == entry["task"] and row["filter"] == entry["filter"]
                 ]
                 assert len(scores) == entry["documents"] == 8
                 assert entry[arm]["value"] == pytest.approx(sum(scores) / len(scores))
@@ -480,7 +480,18 @@ def test_overlap_can_be_allowed_and_the_record_keeps_it(run, contaminated):
     assert outcome.status == 0
     case = by_id(outcome.record)["tiny/math/negative@0.15"]
     expected = {"spath_math_choice": 0.5, "spath_math_generate": 0.0}
-    assert case["gates"]["disjoint"] == {"ok": False, "overlap": expected, "allowed": True}
+    assert case["gates"]["disjoint"] == {"ok": False, "overlap": expected, "ngrams": expected, "allowed": True}
+
+
+def test_items_that_share_words_with_the_profile_text_fail_the_run(run, short_text, tmp_path):
+    from spath_eval.plugins.domains.math import CORPUS
+
+    items = CORPUS.items("choice")[1:3]
+    quotes = [f"Note {n}: I read that {item.prompt} {item.answer} today." for item in items for n in range(20)]
+    path = tmp_path / "quotes.txt"
+    path.write_text("\n\n".join([short_text.read_text(encoding="utf-8"), *quotes]), encoding="utf-8")
+    (message,) = failures(run("--profile-text", f"math={path}"))
+    assert message.startswith("the profile text shares 13 words in a row with 50.0% of spath_math_choice: ")
 
 
 def test_the_built_in_domains_pass_the_overlap_gate(run):
@@ -488,6 +499,7 @@ def test_the_built_in_domains_pass_the_overlap_gate(run):
     assert by_id(record)["tiny/math/negative@0.15"]["gates"]["disjoint"] == {
         "ok": True,
         "overlap": {"spath_math_choice": 0.0, "spath_math_generate": 0.0},
+        "ngrams": {"spath_math_choice": 0.0, "spath_math_generate": 0.0},
         "allowed": False,
     }
 
@@ -614,3 +626,109 @@ def test_a_smaller_token_budget_of_a_sparse_arm_holds_for_the_dense_one_too(run,
     assert outcome.status == 0
     assert "out of memory: going on with 128 tokens" in outcome.err
     assert budgets[-1] == (False, 128)
+
+
+# Domains beside each other, and strategies
+
+
+@pytest.fixture
+def both(short_text):
+    """Options for two domains."""
+    return "--domain", "math,code", "--profile-text", f"code={short_text}"
+
+
+def test_masks_are_evaluated_on_every_domain_and_pooled(run, both):
+    outcome = run(*both, "--cross")
+    assert outcome.status == 0
+    cases = by_id(outcome.record)
+    assert set(cases) == {
+        "tiny/math/negative@0.15",
+        "tiny/math>code/negative@0.15",
+        "tiny/math/random@0.15",
+        "tiny/code/negative@0.15",
+        "tiny/code>math/negative@0.15",
+        "tiny/code/random@0.15",
+        "tiny/pooled>math/negative@0.15",
+        "tiny/pooled>code/negative@0.15",
+    }
+    crossed = cases["tiny/math>code/negative@0.15"]
+    assert (crossed["domain"], crossed["evaluated_on"]) == ("math", "code")
+    assert crossed["mask"] == cases["tiny/math/negative@0.15"]["mask"]
+    assert {entry["task"] for entry in crossed["quality"]} == {"spath_code_choice", "spath_code_generate"}
+    assert cases["tiny/pooled>math/negative@0.15"]["mask"] == cases["tiny/pooled>code/negative@0.15"]["mask"]
+    pairs = {(entry["case"], entry["other"]) for entry in outcome.record["comparisons"]}
+    assert ("tiny/code/negative@0.15", "tiny/math>code/negative@0.15") in pairs
+    assert ("tiny/math/negative@0.15", "tiny/math/random@0.15") in pairs
+
+
+def test_a_pathway_is_timed_once(spath_eval_command, work_folder, tiny_checkpoint, brief, both):
+    options = [option for option in brief if option != "--no-speed"]
+    outcome = spath_eval_command(
+        "run", "--model", tiny_checkpoint, *options, *both, "--cross", "--no-controls", "-k", ">"
+    )
+    timed = {case["id"]: case["speed_reason"] for case in outcome.record["cases"] if not case["speed"]}
+    assert timed == {"tiny/pooled>code/negative@0.15": "the same pathway as in tiny/pooled>math/negative@0.15"}
+
+
+def test_a_given_mask_cannot_be_crossed(run, both):
+    outcome = run(*both, "--cross", "--mask", "some.safetensors")
+    assert outcome.status == 4
+
+
+def test_all_static_strategies_run_side_by_side(run, both):
+    record = run(*both, "--strategy", "all", "--no-quality").record
+    names = {case["strategy"]["name"]: case["strategy"]["control"] for case in record["cases"]}
+    controls = {"keep-all": True, "random": True, "reverse": True}
+    assert names == {"magnitude": False, "negative": False, "specialisation": False, "wanda": False} | controls
+    assert {case["outcome"] for case in record["cases"]} == {"passed"}
+    best = [entry for entry in record["comparisons"] if entry["case"] == "tiny/math/magnitude@0.15"]
+    assert {entry["quantity"] for entry in best} == {"perplexity"}
+
+
+def test_without_quality_no_task_is_evaluated(run, calls):
+    record = run("--no-quality").record
+    assert record["tasks"] == []
+    for case in record["cases"]:
+        assert (case["quality"], case["quality_reason"]) == ([], "not asked for")
+        assert case["preservation"]["tokens"] > 0
+        assert set(case["gates"]["exercised"]["phases"]) == {"prefill", "decode"}
+
+
+def test_samples_hold_what_every_held_out_document_costs(run):
+    outcome = run("--no-quality")
+    for case in outcome.record["cases"]:
+        rows = {
+            arm: {row["heldout"]: row for row in outcome.samples if row["case"] == arm}
+            for arm in (case["id"], "tiny/math/dense")
+        }
+        sparse, dense = rows.values()
+        assert sparse.keys() == dense.keys()
+        excess = sum(sparse[key]["nats"] - dense[key]["nats"] for key in dense)
+        tokens = sum(row["tokens"] for row in dense.values())
+        assert math.exp(excess / tokens) == pytest.approx(case["preservation"]["perplexity"]["ratio"])
+
+
+def test_the_noise_floor_is_the_dense_model_in_other_batches(run):
+    record = run("--noise-floor").record
+    (dense,) = record["dense"]
+    floors = {(entry["task"], entry["metric"]): entry for entry in dense["noise_floor"]}
+    assert floors.keys() == {(entry["task"], entry["metric"]) for entry in dense["quality"]}
+    assert all(entry["documents"] == 4 for entry in floors.values())
+
+
+def test_two_halves_of_the_text_are_asked_for_the_mask(run, tmp_path):
+    record = run().record
+    cases = by_id(record)
+    assert 0 < cases["tiny/math/negative@0.15"]["convergence"]["jaccard"] <= 1
+    assert cases["tiny/math/random@0.15"]["convergence"] is None
+    assert cases["tiny/math/random@0.15"]["convergence_reason"] == "the strategy reads no profile"
+
+
+def test_a_text_too_short_to_choose_by_is_warned_of(run, tmp_path):
+    text = tmp_path / "two.txt"
+    text.write_text("\n\n".join(["one and one", "zebra queue", "17 * 23", "def f(): pass", "a b c"]), encoding="utf-8")
+    outcome = run("--profile-text", f"math={text}", "--sparsity", "0.3")
+    (case,) = (case for case in outcome.record["cases"] if case["strategy"]["name"] == "negative")
+    agreement = case["convergence"]["jaccard"]
+    assert agreement < 0.7
+    assert f"two halves of the profile text agree on {100 * agreement:.0f}% of the neurons" in outcome.err

@@ -11,6 +11,7 @@ class KeepAll(Strategy):
     """Removes nothing, whatever the budget."""
 
     name: ClassVar[str] = "keep-all"
+    control: ClassVar[bool] = True
 
     def select(self, context):
         from spath_eval.masks import keep_all

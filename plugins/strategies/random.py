@@ -17,6 +17,7 @@ class Random(Strategy):
     """Removes neurons at random, the same share of each layer."""
 
     name: ClassVar[str] = "random"
+    control: ClassVar[bool] = True
 
     def select(self, context):
         import torch
@@ -49,6 +50,8 @@ def spath_collection_modifyitems(cases, session):
     if session.options.plugin.get("no_controls"):
         return
     for case in list(cases):
+        if not case.is_own:
+            continue
         control = dataclasses.replace(case, strategy=Random(), execution=session.options.execution)
         if case.strategy.name not in ("random", "keep-all") and control not in cases:
             cases.insert(cases.index(case) + 1, control)

@@ -11,6 +11,7 @@ class Reverse(Strategy):
     """Removes the most active neurons, of each layer or of the whole model."""
 
     name: ClassVar[str] = "reverse"
+    control: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("mean_abs",)
 
     pool: Literal["layer", "model"] = "layer"

@@ -50,14 +50,16 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def profile_texts(values: tuple[str, ...]) -> dict[str, Path]:
-    """`DOMAIN=PATH` options as a mapping. A domain's last one counts. Raises `UsageError` where there is no `=`."""
-    texts = {}
+def profile_texts(values: tuple[str, ...]) -> dict[str, Path | str]:
+    """`DOMAIN=PATH` and `DOMAIN=hub:...` options as a mapping. A domain's last one counts. Raises `UsageError` where
+    there is no `=`."""
+    texts: dict[str, Path | str] = {}
     for value in values:
-        domain, equals, path = value.partition("=")
-        if not equals or not path:
-            raise UsageError(f"--profile-text {value!r}: expected DOMAIN=FILE or DOMAIN=FOLDER")
-        texts[domain] = Path(path)
+        domain, equals, text = value.partition("=")
+        if not equals or not text:
+            expected = "DOMAIN=FILE, DOMAIN=FOLDER or DOMAIN=hub:DATASET:SPLIT:FIELD"
+            raise UsageError(f"--profile-text {value!r}: expected {expected}")
+        texts[domain] = text if text.startswith("hub:") else Path(text)
     return texts
 
 
@@ -87,6 +89,11 @@ MODEL_OPTIONS = [
         "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto takes CUDA where there is one."
     ),
     click.option(
+        "--device-map",
+        type=click.Choice(["auto", "balanced", "sequential"]),
+        help="Spread a large model over all devices, and main memory and disk where they do not suffice.",
+    ),
+    click.option(
         "--dtype",
         default="auto",
         show_default=True,
@@ -98,8 +105,9 @@ MODEL_OPTIONS = [
     click.option(
         "--profile-text",
         multiple=True,
-        metavar="DOMAIN=FILE|FOLDER",
-        help="Text to profile a domain on (80%) and to compare outputs on (20%), instead of its own. Repeatable.",
+        metavar="DOMAIN=FILE|FOLDER|hub:DATASET[,CONFIG]:SPLIT:FIELD",
+        help="Text to profile a domain on (80%) and to compare outputs on (20%), instead of its own: files, or a field "
+        "of a dataset of the hub, up to 20,000 documents. Repeatable.",
     ),
     click.option(
         "--profile-tokens",
@@ -128,7 +136,11 @@ def model_options(command: Any) -> Any:
 @click.command(cls=RunCommand)
 @model_options
 @click.option(
-    "--strategy", "strategy", default="negative", show_default=True, help="Strategies, by commas: NAME[:OPTION=VALUE]."
+    "--strategy",
+    "strategy",
+    default="negative",
+    show_default=True,
+    help="Strategies, by commas: NAME[:OPTION=VALUE]; all takes the static ones.",
 )
 @click.option("--sparsity", default="0.15", show_default=True, help="Shares of FFN neurons to remove, by commas.")
 @click.option("--expert-sparsity", help="Share of each layer's routed experts to remove; alone, no other neurons go.")
@@ -140,7 +152,10 @@ def model_options(command: Any) -> Any:
     type=click.Choice(["compact", "masked"]),
     help="compact slices the weights out; masked zeroes activations, and has no speed.",
 )
+@click.option("--cross", is_flag=True, help="Evaluate each domain's mask, and one of all together, on every domain.")
 @click.option("--no-speed", is_flag=True, help="Do not measure speed.")
+@click.option("--no-quality", is_flag=True, help="Evaluate no task: compare outputs on held-out text only.")
+@click.option("--noise-floor", is_flag=True, help="Evaluate the dense model twice, with two batch sizes.")
 @click.option(
     "--tasks",
     metavar="TASK,...|DOMAIN=TASK+TASK,...",
@@ -218,6 +233,7 @@ def command(context: click.Context, **given: Any) -> int:
         limit=parse_limits(given["limit"]) if given["limit"] else None,
         expert_sparsity=expert_sparsity,
         speed=not given["no_speed"],
+        quality=not given["no_quality"],
         profile_text=texts,
         plugin={name: given[name] for name in context.meta["plugin"]},
         **{
@@ -228,6 +244,8 @@ def command(context: click.Context, **given: Any) -> int:
                 "revision",
                 "mask",
                 "execution",
+                "cross",
+                "noise_floor",
                 "data_dir",
                 "hub",
                 "include_path",
@@ -238,6 +256,7 @@ def command(context: click.Context, **given: Any) -> int:
                 "keyword",
                 "exitfirst",
                 "device",
+                "device_map",
                 "dtype",
                 "batch_size",
                 "profile_tokens",
@@ -278,7 +297,17 @@ def prepare(registry: Registry, given: dict[str, Any]) -> tuple[Session, LoadedM
         profile_text=texts,
         **{
             name: given[name]
-            for name in ("arch", "sites", "revision", "device", "dtype", "batch_size", "profile_tokens", "seed")
+            for name in (
+                "arch",
+                "sites",
+                "revision",
+                "device",
+                "device_map",
+                "dtype",
+                "batch_size",
+                "profile_tokens",
+                "seed",
+            )
         },
     )
     session = Session(options, registry)

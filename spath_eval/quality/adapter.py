@@ -38,10 +38,13 @@ from spath_eval.profiling import cache_folder
 from spath_eval.quality.benchmarks import unscored
 from spath_eval.quality.scorer import SpathLM
 from spath_eval.quality.statistics import CORPUS_METRICS, corpus_value
+from spath_eval.texts import digest
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 log = logging.getLogger(__name__)
 
+GROUPING = ("passage", "article", "context", "paragraph", "story")
+"""Fields of a document that others may share: several questions on one passage are not independent."""
 ACCURACIES = {"acc", "acc_norm", "exact_match", "pass@1", "pass_at_1"}
 """Metrics that have a chance level."""
 
@@ -60,6 +63,10 @@ class Scores:
     """Document id and hash to its score; empty where the metric is no mean over documents."""
     likelihoods: Mapping[str, Any] = field(default_factory=dict)
     """The same with what lm-eval logs, where the metric is one of `statistics.CORPUS_METRICS`."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """The same with what they share with other documents, a passage say; empty where each stands for itself."""
+    grouped_by: str | None = None
+    """The field of a document that is shared."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -96,6 +103,16 @@ class PathwayLM(SpathLM):
     @property
     def batch_size(self) -> int:
         return 1 if self.prompt_pathway else self._batch_size
+
+    @contextmanager
+    def repacked(self) -> Iterator[None]:
+        """Within the context, forwards are of half the size, so that sums are rounded in another order."""
+        budget, batch_size = self.token_budget, self._batch_size
+        self.token_budget, self._batch_size = max(budget // 2, 1), max(batch_size // 2, 1)
+        try:
+            yield
+        finally:
+            self.token_budget, self._batch_size = budget, batch_size
 
     @contextmanager
     def remembering(self, fingerprint: str) -> Iterator[None]:
@@ -240,15 +257,14 @@ def _scores(name: str, results: Any) -> Iterator[Scores]:
         if not filter_name or metric.endswith("_stderr"):
             continue
         per_document = {
-            f"{row['doc_id']}:{row['doc_hash']}:{row['prompt_hash']}": row[metric]
-            for row in results["samples"][name]
-            if row["filter"] == filter_name and metric in row
+            _key(row): row[metric] for row in results["samples"][name] if row["filter"] == filter_name and metric in row
         }
         likelihoods = {}
         if not _is_mean(value, per_document.values()):
             if _is_of_corpus(metric, value, list(per_document.values())):
                 likelihoods = per_document
             per_document = {}
+        grouped_by, groups = _groups(results["samples"][name])
         yield Scores(
             name,
             metric,
@@ -258,7 +274,24 @@ def _scores(name: str, results: Any) -> Iterator[Scores]:
             stdev(per_document.values()) / len(per_document) ** 0.5 if len(per_document) > 1 else None,
             {key: float(score) for key, score in per_document.items()},
             likelihoods,
+            groups,
+            grouped_by,
         )
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return f"{row['doc_id']}:{row['doc_hash']}:{row['prompt_hash']}"
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> tuple[str | None, dict[str, str]]:
+    """The field that several documents share, and each document's value of it; none where they share none."""
+    documents = {_key(row): row["doc"] for row in rows}
+    for name in GROUPING:
+        values = {key: document.get(name) for key, document in documents.items()}
+        texts = {key: digest(value) for key, value in values.items() if isinstance(value, str) and value}
+        if len(set(texts.values())) < len(texts) == len(documents):
+            return name, texts
+    return None, {}
 
 
 def _build_or_reuse(task: Any, seed: int, built: dict[tuple[Any, ...], list[Instance]], **settings: Any) -> None:
@@ -331,20 +364,23 @@ def task_record(
         }
         if limit is not None:
             entry["limit"] = limit
+        if score.grouped_by:
+            entry["grouped_by"] = score.grouped_by
         if reason is not None:
             entry["chance_reason"] = reason
         entries.append(entry)
     return entries
 
 
-def item_texts(evaluation: Evaluation) -> dict[str, list[set[str]]]:
-    """Per task, for each document the texts by which it would be recognised in a corpus: its prompt, its prompt with
-    each answer and with the right one, and its fields of at least 32 characters."""
+def item_texts(evaluation: Evaluation, tasks: Mapping[str, ConfigurableTask]) -> dict[str, list[set[str]]]:
+    """Per task, for each document the texts by which it would be recognised in a corpus: its prompt without examples,
+    that with each answer and with the right one, and its fields of at least 32 characters."""
     texts: dict[str, dict[int, set[str]]] = {}
     for row in evaluation.samples:
         own = texts.setdefault(row["task"], {}).setdefault(row["doc_id"], set())
+        asked = tasks[row["task"]].doc_to_text(row["doc"])
         for arguments in row["arguments"]:
-            prompt = str(arguments[0])
+            prompt = asked if isinstance(asked, str) else str(arguments[0])
             own.add(prompt)
             if len(arguments) > 1 and isinstance(arguments[1], str):
                 own.add(prompt + arguments[1])

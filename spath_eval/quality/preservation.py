@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,10 +20,15 @@ from spath_eval.models import output_head
 from spath_eval.pathways import Pathway
 from spath_eval.profiling import forward_backbone
 from spath_eval.quality.statistics import perplexity_ratio
-from spath_eval.texts import Batch, batches
+from spath_eval.texts import Batch, batches, digest
 
 CHUNK = 128
 """Positions whose logits are held at a time: a vocabulary of 262,144 makes 1 MiB of each."""
+KEPT = 32
+"""What is kept of the dense model's distributions leaves this many times as much memory as its next piece."""
+
+Nats = tuple[float, int]
+"""A document's summed negative log-likelihood in nats, and how many tokens that is of."""
 
 
 class Preservation:
@@ -41,6 +47,10 @@ class Preservation:
         batch_size: int,
     ) -> None:
         self.model = model
+        self.documents = documents
+        self._dense_logprobs: dict[tuple[int, int], torch.Tensor] = {}
+        self.dense_nats: dict[str, Nats] = {}
+        """What each document costs the dense model, by digest, once a pathway was compared."""
         self.batches = list(batches(tokenizer, documents, tokens=tokens, batch_size=batch_size))
         if not any(batch.counted[:, 1:].any() for batch in self.batches):
             raise UsageError("the domain's text holds no held-out token to predict")
@@ -49,19 +59,26 @@ class Preservation:
 
     def compare(self, pathway: Pathway, *, seed: int) -> dict[str, Any]:
         """The record's `preservation` of a pathway, which must not be applied yet."""
+        return self.measure(pathway, seed=seed)[0]
+
+    def measure(self, pathway: Pathway, *, seed: int) -> tuple[dict[str, Any], dict[str, Nats]]:
+        """`compare`, and what each document costs the pathway, by digest."""
         sums: defaultdict[str, float] = defaultdict(float)
         documents: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         with torch.inference_mode():
-            for batch, dense in zip(self.batches, self.dense, strict=True):
+            for number, (batch, dense) in enumerate(zip(self.batches, self.dense, strict=True)):
                 with pathway.applied():
                     sparse = forward_backbone(self.model, batch)
                 counted = batch.counted.to(dense.device)
                 cosine = F.cosine_similarity(dense[counted].double(), sparse[counted].double(), dim=-1)
                 sums["cosine"] += float(cosine.sum())
                 sums["tokens"] += len(cosine)
-                self._add_distributions(batch, dense, sparse, sums, documents)
+                self._add_distributions(number, batch, dense, sparse, sums, documents)
+        digests = {number: digest(self.documents[number]) for number in sorted(documents)}
+        self.dense_nats = {key: (documents[number][0], int(documents[number][2])) for number, key in digests.items()}
+        sparse_nats = {key: (documents[number][1], int(documents[number][2])) for number, key in digests.items()}
         perplexity = perplexity_ratio(*zip(*documents.values(), strict=True), seed=seed)
-        return {
+        record = {
             "tokens": int(sums["tokens"]),
             "cosine": sums["cosine"] / sums["tokens"],
             "kl": sums["kl"] / sums["predicted"],
@@ -73,18 +90,33 @@ class Preservation:
                 "ci95": list(perplexity.ci95),
             },
         }
+        return record, sparse_nats
+
+    def forget(self) -> None:
+        """Give back the memory of the dense model's distributions, which are computed again when they are needed."""
+        self._dense_logprobs.clear()
+
+    def _dense(self, number: int, chunk: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The dense model's log-probabilities, which are half of the work of a comparison: kept where they fit."""
+        known = self._dense_logprobs.get((number, chunk))
+        if known is None:
+            known = output_head(self.model, hidden).log_softmax(-1)
+            if known.nbytes * KEPT < _available_bytes(known.device):
+                self._dense_logprobs[number, chunk] = known
+        return known
 
     def _add_distributions(
         self,
+        number: int,
         batch: Batch,
         dense: torch.Tensor,
         sparse: torch.Tensor,
         sums: defaultdict[str, float],
         documents: defaultdict[int, list[float]],
     ) -> None:
-        for rows, positions in _predicting(batch):
+        for chunk, (rows, positions) in enumerate(_predicting(batch)):
             targets = batch.input_ids[rows, positions + 1].to(dense.device)
-            before = output_head(self.model, dense[rows, positions]).log_softmax(-1)
+            before = self._dense(number, chunk, dense[rows, positions])
             after = output_head(self.model, sparse[rows, positions]).log_softmax(-1)
             sums["kl"] += float(F.kl_div(after, before, reduction="sum", log_target=True).clamp(min=0))
             sums["agreed"] += int((before.argmax(-1) == after.argmax(-1)).sum())
@@ -95,6 +127,12 @@ class Preservation:
                 total[0] += dense_loss
                 total[1] += sparse_loss
                 total[2] += 1
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def _predicting(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -26,6 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from spath_eval.contracts import UsageError
 from spath_eval.models import output_head
 from spath_eval.quality.generation import generate, why_not
 from spath_eval.quality.packing import Costs, Plan, Request, Step
@@ -128,8 +129,9 @@ class SpathLM(HFLM):
         )
         room = self.max_length - settings["max_gen_toks"]
         if room <= 0:
-            raise ValueError(
-                f"{settings['max_gen_toks']} tokens to generate leave no room in the model's {self.max_length}"
+            raise UsageError(
+                f"a task asks for {settings['max_gen_toks']} generated tokens, which leave no room for its prompt in "
+                f"the model's {self.max_length}: leave the task out"
             )
         prompts = [self.tok_batch_encode([context])[0][0].tolist() for context in contexts]
         self.truncated += sum(len(prompt) > room for prompt in prompts)

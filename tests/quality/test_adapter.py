@@ -202,7 +202,7 @@ def test_the_record_of_a_task_names_what_was_asked(evaluation):
 def test_documents_are_recognised_by_prompt_and_answer(evaluation):
     from spath_eval.plugins.domains.math import CORPUS
 
-    documents = item_texts(evaluation)["spath_math_choice"]
+    documents = item_texts(evaluation, load_tasks(TASKS, [FOLDER]))["spath_math_choice"]
     for own, item in zip(documents, CORPUS.items("choice")[:6], strict=True):
         assert item.prompt in own
         assert f"{item.prompt} {item.answer}" in own

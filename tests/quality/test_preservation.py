@@ -124,6 +124,26 @@ def test_masked_and_compact_tell_the_same(model, sites, tiny_tokenizer, document
     assert masked["kl"] == pytest.approx(compact["kl"], rel=1e-4)
 
 
+def test_short_memory_changes_no_figure(model, sites, tiny_tokenizer, documents, monkeypatch):
+    def twice():
+        preservation = Preservation(model, tiny_tokenizer, documents, tokens=1000, batch_size=3)
+        return [preservation.compare(StaticPathway(sites, random_mask(sites), "masked"), seed=0) for _ in range(2)]
+
+    kept = twice()
+    monkeypatch.setattr(module, "_available_bytes", lambda device: 0)
+    assert twice() == kept == [kept[0], kept[0]]
+
+
+def test_documents_sum_up_to_the_ratio(model, sites, tiny_tokenizer, documents):
+    preservation = Preservation(model, tiny_tokenizer, documents, tokens=1000, batch_size=3)
+    found, sparse = preservation.measure(StaticPathway(sites, random_mask(sites), "masked"), seed=0)
+    dense = preservation.dense_nats
+    assert dense.keys() == sparse.keys()
+    assert len(dense) == len(documents)
+    excess = sum(sparse[key][0] - dense[key][0] for key in dense) / sum(tokens for _, tokens in dense.values())
+    assert math.exp(excess) == pytest.approx(found["perplexity"]["ratio"])
+
+
 def test_the_token_budget_holds(model, sites, tiny_tokenizer, documents):
     preservation = Preservation(model, tiny_tokenizer, documents, tokens=25, batch_size=2)
     assert preservation.compare(StaticPathway(sites, random_mask(sites), "masked"), seed=0)["tokens"] == 25

@@ -1,8 +1,6 @@
 """Programs that try to do harm, or to pass without passing, in the real sandbox."""
 
-import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -13,8 +11,6 @@ import pytest
 
 from spath_eval.quality import sandbox
 from spath_eval.quality.sandbox import run, run_all, unavailable
-
-BENCHMARKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -221,44 +217,3 @@ def test_a_kernel_that_refuses_is_quoted():
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert said.stdout.startswith("new user, pid, network, mount, ipc and uts namespaces: "), said.stderr
     assert "; /proc/sys/user/max_user_namespaces is 0" in said.stdout
-
-
-def humaneval_program(prompt, completion, test, entry_point):
-    """As lm-eval joins a row of humaneval and an answer."""
-    return f"{prompt}{completion}\n{test}\ncheck({entry_point})"
-
-
-def mbpp_program(code, tests, setup):
-    """As lm-eval joins a row of mbpp and an answer, with the set-up that one row needs."""
-    return "\n".join([code, setup, *tests])
-
-
-def rows(task):
-    path = BENCHMARKS / task / "test.jsonl"
-    if not path.exists():
-        pytest.skip(f"no rows of {task} at {path}")
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line, _ in zip(lines, range(20), strict=False)]
-
-
-@pytest.mark.real_model
-def test_canonical_solutions_of_humaneval_pass_and_others_fail():
-    def programs(solve):
-        return [
-            humaneval_program(row["prompt"], solve(row), row["test"], row["entry_point"]) for row in rows("humaneval")
-        ]
-
-    assert [outcome.reason for outcome in run_all(programs(lambda row: row["canonical_solution"]))] == ["passed"] * 20
-    assert not any(outcome.passed for outcome in run_all(programs(lambda row: "    return None\n")))
-
-
-@pytest.mark.real_model
-def test_reference_solutions_of_mbpp_pass_and_others_fail():
-    def other(code):
-        return re.sub(r"\breturn\b", "return None and", code)
-
-    def programs(change):
-        return [mbpp_program(change(row["code"]), row["test_list"], row["test_setup_code"]) for row in rows("mbpp")]
-
-    assert [outcome.reason for outcome in run_all(programs(str))] == ["passed"] * 20
-    assert not any(outcome.passed for outcome in run_all(programs(other)))

@@ -122,7 +122,9 @@ def test_what_was_not_measured_is_said_not_shown(example):
     text = render(example)
     assert "math/negative@0.15 (1)" in text
     assert "(1) no held-out text" in text
-    assert "math/negative@0.15: --no-speed" in text
+    assert "Speed of gemma\n\nnot measured: --no-speed\n" in text
+    example["cases"][0]["speed_reason"] = "masked"
+    assert "math/negative@0.15: masked\nmath/random@0.15: --no-speed\n" in render(example)
     for case in example["cases"]:
         for key in ("quality", "preservation", "preservation_reason", "speed", "speed_reason", "sparsity"):
             case.pop(key, None)
@@ -161,6 +163,97 @@ def test_tasks_with_several_metrics_or_filters_are_told_apart(example):
 def test_a_long_task_name_is_shortened_before_the_table_overflows(example):
     example["cases"][0]["quality"][0]["task"] = "an_external_benchmark_" * 6
     assert max(map(len, render(example).splitlines())) <= 100
+
+
+def test_a_wide_table_is_split_evenly(example):
+    table = section(render(example, width=72), "Output preservation of gemma")
+    assert [line.split() for line in table if line.startswith("case")] == [
+        ["case", "tokens", "dense", "ppl", "sparse", "ppl"],
+        ["case", "ratio", "[95%]", "cosine", "KL", "top-1"],
+    ]
+
+
+def section(text, title):
+    """The lines from a title to the next one."""
+    lines = text.splitlines()
+    start = lines.index(title)
+    ends = (end for end in range(start + 1, len(lines)) if re.match(r"[A-Z(].* of |\(1\)", lines[end]))
+    return lines[start : next(ends, len(lines))]
+
+
+def test_masks_show_what_they_remove_and_whether_the_profile_text_was_enough(example):
+    agreements = [0.91, None, 0.6994]
+    for case, agreement in zip(example["cases"], agreements, strict=False):
+        case["convergence"] = None if agreement is None else {"jaccard": agreement, "threshold": 0.7}
+        if agreement is None:
+            case["convergence_reason"] = "the strategy reads no profile"
+    records.validate(example)
+    text = render(example)
+    assert section(text, "Masks of gemma")[:-1] == [
+        "Masks of gemma",
+        "",
+        "mask                    neurons removed  FFN weights  all weights     halves",
+        "----------------------  ---------------  -----------  -----------  ---------",
+        "math/negative@0.15        0.149 of 0.15        0.149        0.072      0.910",
+        "math/random@0.15          0.149 of 0.15        0.149        0.072      - (2)",
+        "language/negative@0.15    0.149 of 0.15        0.149        0.072  0.699 (3)",
+    ]
+    assert "(2) the strategy reads no profile" in text
+    assert "(3) two halves of the profile text agree on less than 70% of the removed neurons: profile more text" in text
+    assert "halves: " in text
+
+
+def test_texts_that_share_words_with_the_profile_text_are_named_in_one_line(example):
+    shares = [{"gsm8k": 0.012, "asdiv": 0.0}, {"gsm8k": 0.0, "asdiv": 0.0}, {"piqa": 0.0005}]
+    for case, ngrams in zip(example["cases"], shares, strict=False):
+        case["gates"]["disjoint"]["ngrams"] = ngrams
+    line = "Documents that share 13 words in a row with a case's profile text: gsm8k 1.2%, piqa 0.05%."
+    assert line in render(example).splitlines()
+    for case in example["cases"][:3]:
+        case["gates"]["disjoint"]["ngrams"] = {"gsm8k": 0.0}
+    assert "13 words" not in render(example)
+
+
+def test_the_noise_floor_is_a_table_where_it_was_measured(example):
+    assert "oise floor" not in render(example)
+    example["dense"][0]["noise_floor"] = [
+        {**name, "filter": "none", "documents": 300, "differing": differing, "largest": largest, "mean": mean}
+        for name, differing, largest, mean in (
+            ({"task": "spath_math_choice", "metric": "acc"}, 1, 1.0, -1 / 300),
+            ({"task": "spath_math_generate", "metric": "exact_match"}, 0, 0.0, 0.0),
+        )
+    ]
+    records.validate(example)
+    text = render(example)
+    assert section(text, "Noise floor of gemma")[:-1] == [
+        "Noise floor of gemma",
+        "",
+        "  task        n  differing  largest      mean",
+        "  --------  ---  ---------  -------  --------",
+        "math",
+        "  choice    300          1        1  -0.00333",
+        "  generate  300          0        0        +0",
+    ]
+    assert "noise floor: the dense model again, in other batches" in text
+
+
+def test_quality_that_was_not_asked_for_is_one_line(example):
+    for case in example["cases"][:3]:
+        case.update(quality=[], quality_reason="not asked for")
+    text = render(example)
+    assert text.startswith(
+        "Quality was not measured: not asked for.\n\nCases of gemma that did not pass\n\nlanguage/random"
+    )
+    assert text.count("not asked for") == 1
+    assert "retention" not in text
+    del example["cases"][3]
+    assert render(example).startswith("Quality was not measured: not asked for.\n\nOutput preservation of gemma\n")
+
+
+def test_a_perplexity_beyond_bounds_is_written_with_an_exponent(example):
+    perplexity = example["cases"][0]["preservation"]["perplexity"]
+    perplexity.update(sparse=4.2e8, ratio=1.23456e8, ci95=[1.1e8, 1.41e8])
+    assert " 1.23e+08 [1.1e+08, 1.41e+08] " in render(example)
 
 
 def test_a_finished_case_is_one_line(example):
