@@ -26,6 +26,8 @@ COMMANDS = {
     "run": "Evaluate strategies on a model: what they keep of its quality, and how much faster it really runs.",
     "profile": "Measure how strongly each neuron responds to a domain.",
     "mask": "Write the mask that a strategy selects.",
+    "speed": "Measure how much faster a model or a published model's shape runs without a share of its FFN neurons.",
+    "findings": 'Measure the tables of the "Sparse pathways" paper, and print them beside the published values.',
     "models": "List the model families: types, FFN shapes, reference shapes, and small checkpoints with their scores.",
     "plugins": "List the installed plugins, what each provides, and what is wrong with any.",
 }
