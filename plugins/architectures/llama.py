@@ -23,6 +23,19 @@ LLAMA = Architecture(
                 "max_position_embeddings": 2048,
             },
         ),
+        ReferenceShape(
+            "Llama-3.1-8B",
+            {
+                "model_type": "llama",
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "vocab_size": 128256,
+                "max_position_embeddings": 131072,
+            },
+        ),
     ),
 )
 

@@ -28,6 +28,19 @@ PHI = Architecture(
                 "max_position_embeddings": 2048,
             },
         ),
+        ReferenceShape(
+            "Phi-3.5-mini",
+            {
+                "model_type": "phi3",
+                "hidden_size": 3072,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+                "vocab_size": 32064,
+                "max_position_embeddings": 131072,
+            },
+        ),
     ),
 )
 

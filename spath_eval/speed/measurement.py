@@ -11,16 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spath_eval.masks import remove_lowest
+from spath_eval.models import weight_bytes
 from spath_eval.pathways import StaticPathway
-from spath_eval.speed.ceilings import ceiling
-from spath_eval.speed.shapes import one_layer, subject
-from spath_eval.speed.timing import Workload, measure, record_entry
+from spath_eval.speed.ceilings import Bound, work
+from spath_eval.speed.conditions import last_level_cache
+from spath_eval.speed.entries import speed_entry
+from spath_eval.speed.shapes import Cut, build, routed_experts, subject
+from spath_eval.speed.timing import EAGER, Stop, Workload, measure, peak_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
     from spath_eval.contracts import ReferenceShape
+    from spath_eval.masks import Mask
     from spath_eval.session import LoadedModel, Session
+    from spath_eval.sites import Site
 
 WORKLOAD = Workload(batch=1, tokens=128, new_tokens=16)
 
@@ -38,19 +45,44 @@ def measure_case(session: Session) -> list[dict[str, Any]]:
     return entries
 
 
+def arm_bytes(model: PreTrainedModel, sites: Sequence[Site], mask: Mask) -> dict[str, int]:
+    """Bytes of all weights of the dense and of the sparse arm, were each alone in memory."""
+    dense = weight_bytes(model)
+    return {"dense": dense, "sparse": dense - sum(site.weight_bytes(None) - site.weight_bytes(mask) for site in sites)}
+
+
+def exceeds_cache(count: int, device: torch.device) -> bool:
+    """Whether `count` bytes are more than the last-level cache holds; false where that is unknown."""
+    cache = last_level_cache(device)
+    return cache is not None and count > cache
+
+
+def random_mask(sites: Sequence[Site], sparsity: float, seed: int) -> Mask:
+    """A mask that removes the `sparsity` share of each site's neurons, whichever these are."""
+    generator = torch.Generator().manual_seed(seed)
+    return remove_lowest({site.path: torch.rand(site.shape, generator=generator) for site in sites}, sparsity)
+
+
 def _timed(name: str, model: PreTrainedModel, pathway: StaticPathway, seed: int) -> dict[str, Any]:
-    times = measure(model, pathway.applied, WORKLOAD, seed=seed)
-    return record_entry(name, times, ceiling(model, pathway.sites, pathway.mask, WORKLOAD), WORKLOAD)
+    times = measure(model, pathway.applied, WORKLOAD, Stop(), seed=seed)[EAGER]
+    weights = arm_bytes(model, pathway.sites, pathway.mask)
+    dense, sparse = (work(model, pathway.sites, mask, WORKLOAD) for mask in (None, pathway.mask))
+    bounds = Bound.of(dense.prefill, sparse.prefill, "flops"), Bound.of(dense.decode, sparse.decode, "bytes")
+    too_large = exceeds_cache(weights["sparse"], model.device)
+    entry = speed_entry(name, times, bounds, WORKLOAD, exceeds_cache=too_large) | {"weight_bytes": weights}
+    if model.device.type == "cuda":
+        peaks = peak_memory(model, pathway.applied, WORKLOAD, weights)
+        return entry | {"peak_memory": {"dense": peaks.dense, "sparse": peaks.sparse}}
+    return entry | {"peak_memory": None, "peak_memory_reason": "on a CPU, only spath-eval speed counts it"}
 
 
 def _layer(loaded: LoadedModel, shape: ReferenceShape, sparsity: float, seed: int) -> dict[str, Any]:
-    """Timed once per shape and sparsity, since it depends on nothing else."""
+    """Timed once per shape and sparsity, since it depends on nothing else. Of a mixture's experts there is one."""
     key = (shape.name, round(sparsity, 3))
     if key not in loaded.layer_speed:
-        model = one_layer(shape, device=loaded.model.device, dtype=loaded.model.dtype, seed=seed)
+        cut = Cut(layers=1, experts=routed_experts(shape) and 1)
+        model = build(shape, cut, device=loaded.model.device, dtype=loaded.model.dtype, seed=seed)
         sites = loaded.target.architecture.sites(model)
-        generator = torch.Generator().manual_seed(seed)
-        scores = {site.path: torch.rand(site.shape, generator=generator) for site in sites}
-        pathway = StaticPathway(sites, remove_lowest(scores, sparsity), "compact")
-        loaded.layer_speed[key] = _timed(subject(shape), model, pathway, seed)
+        pathway = StaticPathway(sites, random_mask(sites, sparsity, seed), "compact")
+        loaded.layer_speed[key] = _timed(subject(shape, cut), model, pathway, seed)
     return loaded.layer_speed[key]

@@ -1,28 +1,38 @@
-"""Times a model dense and sparse, interleaved in one process, in prefill and in decode.
+"""Times ways to run a model, dense and sparse, which take turns in one process, in prefill and in decode.
 
-What disturbs a machine (other load, clocks, heat) drifts slowly, so each round runs both arms back to back on the same
-tokens, in an order that alternates from round to round, and only the ratio within a round is interpreted. Lengths are
-fixed, decoding is greedy and never stops early: both arms do the same number of steps of the same shape.
+What disturbs a machine (other load, clocks, heat) drifts slowly, so each round runs all arms back to back on the same
+tokens, in an order that is reversed from round to round, and only ratios within a round are interpreted. Lengths are
+fixed, decoding is greedy and never stops early: all arms do the same number of steps of the same shape. A sparse arm is
+compared with the fastest dense one.
 """
 
 from __future__ import annotations
 
 import gc
 import inspect
+import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from scipy.stats import quantile_test
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import StaticCache
+
+from spath_eval.pathways import GateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from spath_eval.speed.ceilings import Ceiling
+Context = Callable[[], AbstractContextManager[Any]]
+EAGER, COMPILED = "eager", "compiled"
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,32 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """When rounds end: at the first of these."""
+
+    seconds: float = 2.0
+    """Since the first round."""
+    precision: float | None = None
+    """Where given: no 95% interval is wider, relative to its ratio."""
+    min_rounds: int = 6
+    """Rounds that there are in any case."""
+    max_rounds: int = 50
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_rounds <= self.max_rounds:
+            raise ValueError(f"rounds must satisfy 1 <= min_rounds <= max_rounds: {self}")
+
+
+@dataclass(frozen=True)
 class PhaseTimes:
     """One phase in both arms, one value per round: seconds per prefill, or seconds per decode step."""
 
     dense_seconds: tuple[float, ...]
     sparse_seconds: tuple[float, ...]
+    others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """What slower dense arms took, by their names."""
+    dense_arm: str = EAGER
+    """The dense arm, where there were several the one whose median was least."""
 
     @property
     def rounds(self) -> int:
@@ -76,13 +107,17 @@ class PhaseTimes:
         interval: Any = quantile_test(self.ratios, p=0.5).confidence_interval(0.95)
         return float(interval.low), float(interval.high)
 
+    @property
+    def precision(self) -> float:
+        """The width of the interval, relative to the ratio."""
+        low, high = self.ci95
+        return (high - low) / self.ratio
+
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Most bytes allocated on the device at once during prefill and decode, all that lies there included.
-
-    Dense weights that the sparse arm keeps to swap back are in both figures.
-    """
+    """Most bytes at once during prefill and decode, of an arm that would be alone in memory: its weights, and what was
+    allocated on top of what lay there before."""
 
     dense: int
     sparse: int
@@ -96,114 +131,224 @@ class PairedTimes:
     """Time to the first new token: one forward over the prompt."""
     decode: PhaseTimes
     """Mean time per further token over `Workload.new_tokens` steps."""
-    peak_memory: PeakMemory | None
-    """None on a CPU, where it is not counted."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to do the work."""
+
+    run: Callable[[], Sequence[float]]
+    """Does it once and returns the seconds of each phase."""
+    within: Context = nullcontext
+    """Entered before and left after each run, untimed."""
+    warm_ups: int = 1
+    """Runs before the first round."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What arms took, by their names: seconds by round and phase."""
+
+    dense: Mapping[str, Sequence[Sequence[float]]]
+    sparse: Mapping[str, Sequence[Sequence[float]]]
+
+    @property
+    def phases(self) -> int:
+        """Number of phases."""
+        return len(next(iter(self.sparse.values()))[0])
+
+    def compared(self, arm: str, phase: int) -> PhaseTimes:
+        """A sparse arm in one phase, beside the fastest dense one."""
+        dense = {name: tuple(run[phase] for run in runs) for name, runs in self.dense.items()}
+        fastest = min(dense, key=lambda name: statistics.median(dense[name]))
+        chosen = dense.pop(fastest)
+        return PhaseTimes(chosen, tuple(run[phase] for run in self.sparse[arm]), dense, fastest)
+
+    @property
+    def precision(self) -> float:
+        """The widest interval of all ratios, relative to its ratio."""
+        return max(self.compared(arm, phase).precision for arm in self.sparse for phase in range(self.phases))
+
+
+def take_turns(dense: Mapping[str, Arm], sparse: Mapping[str, Arm], stop: Stop) -> Rounds:
+    """Warm every arm up, then run all of them in rounds until `stop`.
+
+    Whoever stops at the first narrow interval of many looks finds one by chance: after the first look, at 6 rounds,
+    each is about a fifth later.
+    """
+    arms = [*dense.values(), *sparse.values()]
+    taken: list[list[Sequence[float]]] = [[] for _ in arms]
+    rounds = Rounds(dict(zip(dense, taken, strict=False)), dict(zip(sparse, taken[len(dense) :], strict=True)))
+    for arm in arms:
+        with arm.within():
+            for _ in range(arm.warm_ups):
+                arm.run()
+    started = time.perf_counter()
+    next_look = max(stop.min_rounds, 6)
+    for number in range(stop.max_rounds):
+        if number >= stop.min_rounds and time.perf_counter() - started >= stop.seconds:
+            break
+        if stop.precision is not None and number == next_look:
+            if rounds.precision <= stop.precision:
+                break
+            next_look = math.ceil(1.2 * next_look)
+        for index in range(len(arms)) if number % 2 == 0 else reversed(range(len(arms))):
+            with arms[index].within():
+                taken[index].append(arms[index].run())
+    return rounds
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences of a batch that run together."""
+
+    prompt: Tensor
+    """Token ids `[sequences, tokens]`."""
+    within: Context = nullcontext
+    """Entered before and left after each of its forwards, in inference mode, and timed with it."""
 
 
 def measure(
-    model: PreTrainedModel,
-    sparse: Callable[[], AbstractContextManager[Any]],
-    workload: Workload,
-    *,
-    seconds: float = 2.0,
-    min_rounds: int = 6,
-    max_rounds: int = 50,
-    seed: int = 0,
-) -> PairedTimes:
+    model: PreTrainedModel, sparse: Context, workload: Workload, stop: Stop, *, compiled: bool = False, seed: int = 0
+) -> dict[str, PairedTimes]:
     """Time the causal language model `model` as it is, and within `sparse()`, on the same random tokens.
 
-    Each arm is warmed up once; then rounds follow until `seconds` are used, at least `min_rounds` and at most
-    `max_rounds`. Entering and leaving `sparse()` is never timed. Raises `ValueError` where `min_rounds` is below 1 or
-    above `max_rounds`, or where the model is neither on a CPU nor on a CUDA device.
+    The result has an entry for each sparse arm: `eager`, and where asked for `compiled`. Entering and leaving
+    `sparse()` is never timed. Raises `ValueError` where the model is neither on a CPU nor on a CUDA device, and
+    `GateError` where compiled code does not compute what the model does.
     """
-    if not 1 <= min_rounds <= max_rounds:
-        raise ValueError(f"rounds must satisfy 1 <= min_rounds <= max_rounds, not {min_rounds} and {max_rounds}")
     if model.device.type not in ("cpu", "cuda"):
         raise ValueError(f"timing needs a model on a CPU or a CUDA device, not on {model.device}")
-    prompt = _random_tokens(model, workload, seed)
-    arms: dict[str, Callable[[], AbstractContextManager[Any]]] = {"dense": nullcontext, "sparse": sparse}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    prompt = random_tokens(model, workload.batch, workload.tokens, seed)
+    if compiled:
+        torch.compiler.reset()  # or what earlier workloads compiled would count towards the limit of recompilations
 
-    for context in arms.values():
-        with context():
-            _time_once(model, prompt, workload)
-    started = time.perf_counter()
-    for round_ in range(max_rounds):
-        if round_ >= min_rounds and time.perf_counter() - started >= seconds:
-            break
-        for name in arms if round_ % 2 == 0 else reversed(arms):
-            with arms[name]():
-                times[name].append(_time_once(model, prompt, workload))
+    def passes() -> dict[str, Pass]:
+        eager = {EAGER: Pass(model, [Part(prompt)], workload.new_tokens)}
+        return eager | ({COMPILED: CompiledPass(model, prompt, workload.new_tokens)} if compiled else {})
 
-    prefill, decode = (
-        PhaseTimes(tuple(arm[phase] for arm in times["dense"]), tuple(arm[phase] for arm in times["sparse"]))
-        for phase in (0, 1)
+    dense, pruned = passes(), passes()
+    rounds = take_turns(
+        {name: Arm(one, warm_ups=one.warm_ups) for name, one in dense.items()},
+        {name: Arm(one, sparse, one.warm_ups) for name, one in pruned.items()},
+        stop,
     )
-    return PairedTimes(prefill, decode, _peak_memory(model, arms, prompt, workload))
+    if compiled:
+        _check_compiled(dense, pruned)
+    return {name: PairedTimes(rounds.compared(name, 0), rounds.compared(name, 1)) for name in rounds.sparse}
 
 
-def record_entry(subject: str, times: PairedTimes, ceiling: Ceiling, workload: Workload) -> dict[str, Any]:
-    """One entry of a case's `speed` in the record; `subject` says what was timed, e.g. `model`."""
+def peak_memory(model: PreTrainedModel, sparse: Context, workload: Workload, weights: Mapping[str, int]) -> PeakMemory:
+    """The peaks of one eager pass of each arm, whose weights take `weights["dense"]` and `weights["sparse"]` bytes.
 
-    def phase(phase_times: PhaseTimes, limit: float) -> dict[str, Any]:
-        return {
-            "ratio": phase_times.ratio,
-            "ci95": list(phase_times.ci95),
-            "ceiling": limit,
-            "dense_seconds": list(phase_times.dense_seconds),
-            "sparse_seconds": list(phase_times.sparse_seconds),
-            "rounds": phase_times.rounds,
-            "batch": workload.batch,
-            "tokens": workload.tokens,
-        }
-
-    entry: dict[str, Any] = {
-        "subject": subject,
-        "prefill": phase(times.prefill, ceiling.prefill),
-        "decode": phase(times.decode, ceiling.decode) | {"new_tokens": workload.new_tokens},
-        "peak_memory": None,
-    }
-    if times.peak_memory is None:
-        entry["peak_memory_reason"] = "not counted on a CPU"
-    else:
-        entry["peak_memory"] = {"dense": times.peak_memory.dense, "sparse": times.peak_memory.sparse}
-    return entry
+    On a CPU they are those of torch's allocator, which torch's profiler watches.
+    """
+    one = Pass(model, [Part(random_tokens(model, workload.batch, workload.tokens, 0))], workload.new_tokens)
+    peaks = {}
+    for side, context in {"dense": nullcontext, "sparse": sparse}.items():
+        with context():
+            peaks[side] = weights[side] + _most_allocated(model, one)
+    return PeakMemory(**peaks)
 
 
-def _random_tokens(model: PreTrainedModel, workload: Workload, seed: int) -> torch.Tensor:
-    """Token ids `[batch, tokens]` on the model's device, equal for equal seeds whatever the device."""
+def random_tokens(model: PreTrainedModel, sequences: int, tokens: int, seed: int) -> Tensor:
+    """Token ids `[sequences, tokens]` on the model's device, equal for equal seeds whatever the device."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, (workload.batch, workload.tokens), generator=generator).to(model.device)
+    return torch.randint(vocabulary, (sequences, tokens), generator=generator).to(model.device)
 
 
-def _time_once(model: PreTrainedModel, prompt: torch.Tensor, workload: Workload) -> tuple[float, float]:
-    """Seconds of the prefill of `prompt`, and seconds per decode step after it."""
-    attention_mask = prompt.new_ones(workload.batch, workload.tokens + workload.new_tokens)
-    options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
-    stopwatch = _CudaStopwatch(model.device) if model.device.type == "cuda" else _WallStopwatch()
+class Pass:
+    """Prefill and decode of a batch, step by step through all of its parts.
 
-    with torch.inference_mode(), _garbage_collection_off():
-        stopwatch.mark()
-        output = model(input_ids=prompt, attention_mask=attention_mask[:, : workload.tokens], **options)
-        token = output.logits[:, -1:].argmax(-1)
-        stopwatch.mark()
-        for length in range(workload.tokens + 1, workload.tokens + workload.new_tokens + 1):
-            output = model(
-                input_ids=token,
-                attention_mask=attention_mask[:, :length],
-                cache=output.cache,
-                **options,
-            )
-            token = output.logits[:, -1:].argmax(-1)
+    A call returns the seconds of the prefill and, on average, of a decode step.
+    """
+
+    warm_ups = 1
+
+    def __init__(self, model: PreTrainedModel, parts: Sequence[Part], new_tokens: int) -> None:
+        self.model, self.parts, self.new_tokens = model, parts, new_tokens
+        self._seen = [part.prompt.new_ones(len(part.prompt), part.prompt.shape[1] + new_tokens) for part in parts]
+        self.first_logits: Tensor | None = None
+        """Those of the first forward of all, `[sequences, 1, vocabulary]`."""
+        self._options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            self._options["logits_to_keep"] = 1
+
+    def __call__(self) -> tuple[float, float]:
+        with torch.inference_mode(), garbage_collection_off():
+            return self._timed()
+
+    def _timed(self) -> tuple[float, float]:
+        stopwatch = start_stopwatch(self.model.device)
+        tokens = [part.prompt for part in self.parts]
+        caches: list[Any] = [None] * len(self.parts)
+        length = tokens[0].shape[1]
+        for step in range(self.new_tokens + 1):
+            for index, part in enumerate(self.parts):
+                with part.within():
+                    seen = self._seen[index][:, : length + step]
+                    logits, caches[index] = self._forward(tokens[index], seen, caches[index])
+                    tokens[index] = logits.argmax(-1)
+            if step == 0:
+                stopwatch.mark()
         stopwatch.mark()
         prefill, decode = stopwatch.laps()
-    return prefill, decode / workload.new_tokens
+        return prefill, decode / self.new_tokens
+
+    def _forward(self, tokens: Tensor, seen: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """The logits of the last position `[sequences, 1, vocabulary]`, and the cache with `tokens` in it."""
+        own = {} if cache is None else {"cache": cache}
+        output = self.model(input_ids=tokens, attention_mask=seen, **own, **self._options)
+        return self._kept(output.logits[:, -1:]), output.cache
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        if self.first_logits is None:
+            self.first_logits = logits.float().clone()
+        return logits
 
 
-class _WallStopwatch:
+class CompiledPass(Pass):
+    """The same, compiled; on a CUDA device as CUDA graphs. The KV cache has a fixed size, without which there are none,
+    and the attention mask follows from it."""
+
+    warm_ups = 3
+    """CUDA graphs are compiled in the first, recorded in the second and replayed from the third on."""
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> None:
+        super().__init__(model, [Part(prompt)], new_tokens)
+        self._graphs = model.device.type == "cuda"
+        self._compiled = compiled(model.__call__, model.device)
+        self._cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
+
+    def __call__(self) -> tuple[float, float]:
+        with torch.no_grad(), garbage_collection_off():
+            if not self._cache.is_initialized:  # compiled code could not mark its addresses as fixed
+                self.model(input_ids=self.parts[0].prompt[:, :1], cache=self._cache, use_cache=True)
+            self._cache.reset()
+            return self._timed()
+
+    def _forward(self, tokens: Tensor, seen: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        output = self._compiled(input_ids=tokens, cache=self._cache, **self._options)
+        return self._kept(output.logits[:, -1:]), self._cache
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`function`, compiled for fixed shapes; on a CUDA device as CUDA graphs."""
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(function, mode=mode, dynamic=False)
+
+
+def start_stopwatch(device: torch.device) -> WallStopwatch | CudaStopwatch:
+    """A stopwatch with its first mark."""
+    stopwatch = CudaStopwatch(device) if device.type == "cuda" else WallStopwatch()
+    stopwatch.mark()
+    return stopwatch
+
+
+class WallStopwatch:
     """Marks by the processor's clock."""
 
     def __init__(self) -> None:
@@ -217,7 +362,7 @@ class _WallStopwatch:
         return [after - before for before, after in zip(self._marks, self._marks[1:], strict=False)]
 
 
-class _CudaStopwatch:
+class CudaStopwatch:
     """Marks by events in the device's stream, read after one synchronisation.
 
     An arm starts on an idle device, because the arm before it has been read: were both read together, the second
@@ -242,7 +387,7 @@ class _CudaStopwatch:
 
 
 @contextmanager
-def _garbage_collection_off() -> Iterator[None]:
+def garbage_collection_off() -> Iterator[None]:
     """A collection in one arm and not in the other would be read as a difference."""
     enabled = gc.isenabled()
     gc.disable()
@@ -253,19 +398,30 @@ def _garbage_collection_off() -> Iterator[None]:
             gc.enable()
 
 
-def _peak_memory(
-    model: PreTrainedModel,
-    arms: dict[str, Callable[[], AbstractContextManager[Any]]],
-    prompt: torch.Tensor,
-    workload: Workload,
-) -> PeakMemory | None:
-    """Peak bytes of one more pass of each arm."""
-    if model.device.type != "cuda":
-        return None
-    peaks: dict[str, int] = {}
-    for name, context in arms.items():
-        with context():
-            torch.cuda.reset_peak_memory_stats(model.device)
-            _time_once(model, prompt, workload)
-            peaks[name] = torch.cuda.max_memory_allocated(model.device)
-    return PeakMemory(**peaks)
+def _check_compiled(dense: Mapping[str, Pass], sparse: Mapping[str, Pass]) -> None:
+    """Raise `GateError` unless each compiled arm is nearer to its own eager arm than to the other one."""
+    eager = [cast(Tensor, arms[EAGER].first_logits) for arms in (dense, sparse)]
+    if torch.equal(*eager):
+        return
+    for own, name in enumerate(("dense", "sparse")):
+        logits = cast(Tensor, (dense, sparse)[own][COMPILED].first_logits)
+        away = [float((logits - other).norm()) for other in eager]
+        if not away[own] < away[1 - own]:  # so that NaN fails
+            raise GateError(f"compiled, the {name} arm does not compute what it computes eagerly")
+
+
+def _most_allocated(model: PreTrainedModel, run: Callable[[], object]) -> int:
+    """The most bytes that `run` has allocated at once, over all devices that the model is on."""
+    if model.device.type == "cuda":
+        devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        before = sum(map(torch.cuda.memory_allocated, devices))
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return sum(map(torch.cuda.max_memory_allocated, devices)) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr that it starts and stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        run()
+    events: Any = watched.profiler.kineto_results.events() if watched.profiler else []
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((change for _, change in changes), initial=0))

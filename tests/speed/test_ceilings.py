@@ -20,7 +20,8 @@ from transformers import (
 from spath_eval.contracts import FFN
 from spath_eval.masks import Mask, drop_all, keep_all
 from spath_eval.sites import Site, find_sites
-from spath_eval.speed.ceilings import ceiling
+from spath_eval.speed.ceilings import Bound, Count, Work, site_work, work
+from spath_eval.speed.conditions import Rates
 from spath_eval.speed.timing import Workload
 
 WORKLOAD = Workload(batch=3, tokens=5, new_tokens=2)
@@ -43,6 +44,20 @@ PREFILL_REST = 2 * (5 * 2 * ATTENTION + HEAD) + 2 * (2 * 2 * 2 * 8 * 15)
 # Keys and values of one 8-wide head; the two steps attend to 6 and 7 positions.
 CACHED = 2 * 8 * (6 + 7) / 2
 DECODE_REST = 2 * ATTENTION + HEAD + 3 * 2 * CACHED
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    prefill: float
+    decode: float
+
+
+def ceiling(model: PreTrainedModel, sites: Any, mask: Any, workload: Workload) -> Ceiling:
+    """By operations in prefill, by bytes in decode."""
+    dense, sparse = (work(model, sites, one, workload) for one in (None, mask))
+    return Ceiling(
+        Bound.of(dense.prefill, sparse.prefill, "flops").ceiling, Bound.of(dense.decode, sparse.decode, "bytes").ceiling
+    )
 
 
 def gemma(dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
@@ -134,7 +149,7 @@ def test_of_routed_experts_only_those_used_count() -> None:
     model = MixtralForCausalLM(config)
     sites = [Experts(f"model.layers.{layer}.mlp.experts") for layer in range(2)]
     for batch, experts_read in ((1, 2), (3, 6), (5, 8)):
-        limit = ceiling(model, sites, 0, Workload(batch=batch, tokens=5, new_tokens=2))  # type: ignore[arg-type]
+        limit = ceiling(model, sites, 0, Workload(batch=batch, tokens=5, new_tokens=2))
         # One token computes two experts of each layer; a step reads as many as its batch can reach.
         assert limit.prefill == pytest.approx((PREFILL_REST + 10 * 2 * FFNS) / PREFILL_REST, rel=1e-12)
         decode = 2 * ATTENTION + HEAD + batch * 2 * CACHED
@@ -153,3 +168,44 @@ def test_whole_experts_that_go_lower_what_a_large_batch_reads_but_not_what_a_tok
         assert limit.prefill == pytest.approx(1, rel=1e-12)
         rest = 2 * ATTENTION + HEAD + batch * 2 * CACHED
         assert limit.decode == pytest.approx((rest + dense * FFNS) / (rest + kept * FFNS), rel=1e-12)
+
+
+def test_work_is_counted_by_hand_in_operations_and_bytes() -> None:
+    model = gemma(torch.bfloat16)
+    sites = sites_of(model)
+    for mask, neurons in ((None, 32), (keep_first(sites, 8), 8)):
+        found = work(model, sites, mask, WORKLOAD)
+        ffns = 2 * neurons * NEURON
+        assert found.prefill.flops == Count(3 * 10 * ffns, 3 * (PREFILL_REST + 10 * ffns))
+        assert found.decode.bytes == Count(2 * ffns, 2 * (DECODE_REST + ffns))
+        # a prompt reads every weight once; a step attends to 6 and 7 positions with two heads
+        assert found.prefill.bytes == Count(2 * ffns, 2 * (2 * ATTENTION + HEAD + ffns))
+        pairs = 2 * 2 * 2 * 8 * 2 * (6 + 7) / 2
+        assert found.decode.flops == Count(3 * 2 * ffns, 3 * (2 * (2 * ATTENTION + HEAD) + pairs + 2 * ffns))
+
+
+def test_sites_alone_have_no_rest() -> None:
+    model = gemma()
+    sites = sites_of(model)
+    assert site_work(model, sites, None, 7) == Work(Count(14 * FFNS, 14 * FFNS), Count(4 * FFNS, 4 * FFNS))
+    bound = Bound.of(site_work(model, sites, None, 7), site_work(model, sites, keep_first(sites, 8), 7), "flops")
+    assert (bound.ceiling, bound.limit, bound.ffn_share) == (4, 4, 1)
+
+
+def test_works_add_up() -> None:
+    one, other = Work(Count(1, 2), Count(3, 4)), Work(Count(10, 20), Count(30, 40))
+    assert one + other == Work(Count(11, 22), Count(33, 44))
+
+
+def test_a_bound_counts_one_thing_and_knows_the_limit_by_either() -> None:
+    dense, sparse = Work(Count(6, 8), Count(90, 100)), Work(Count(2, 4), Count(30, 40))
+    by_flops, by_bytes = Bound.of(dense, sparse, "flops"), Bound.of(dense, sparse, "bytes")
+    assert (by_flops.ceiling, by_flops.limit, by_flops.ffn_share, by_flops.least_seconds) == (2, 2.5, 0.75, None)
+    assert (by_bytes.ceiling, by_bytes.limit, by_bytes.ffn_share) == (2.5, 2.5, 0.9)
+
+
+def test_measured_rates_turn_counts_into_the_least_seconds() -> None:
+    dense, sparse = Work(Count(6, 8), Count(90, 100)), Work(Count(2, 4), Count(30, 40))
+    assert Bound.of(dense, sparse, "flops", Rates(100, 1)).least_seconds == (8, 4)
+    assert Bound.of(dense, sparse, "flops", Rates(20, 1)).least_seconds == (8, 4)
+    assert Bound.of(dense, sparse, "bytes", Rates(10, 1)).least_seconds == (10, 4)

@@ -9,7 +9,7 @@ import pytest
 
 from spath_eval import ReferenceShape
 from spath_eval.speed import measurement
-from spath_eval.speed.timing import Workload
+from spath_eval.speed.timing import Stop, Workload
 
 SHAPE = ReferenceShape(
     "gemma-nano",
@@ -34,7 +34,7 @@ def run(spath_eval_command, work_folder, tiny_checkpoint, brief, monkeypatch):
 
     monkeypatch.setattr(gemma, "GEMMA", dataclasses.replace(gemma.GEMMA, reference_shapes=(SHAPE,)))
     monkeypatch.setattr(measurement, "WORKLOAD", Workload(batch=1, tokens=8, new_tokens=2))
-    monkeypatch.setattr(measurement, "measure", partial(measurement.measure, seconds=0.0))
+    monkeypatch.setattr(measurement, "Stop", partial(Stop, seconds=0.0))
     options = [option for option in brief if option != "--no-speed"]
     return lambda *arguments: spath_eval_command("run", "--model", tiny_checkpoint, *options, *arguments)
 
@@ -43,9 +43,9 @@ def run(spath_eval_command, work_folder, tiny_checkpoint, brief, monkeypatch):
 def layers(monkeypatch):
     """The names of the reference layers that are built."""
     names = []
-    build = measurement.one_layer
+    build = measurement.build
     monkeypatch.setattr(
-        measurement, "one_layer", lambda shape, **rest: names.append(shape.name) or build(shape, **rest)
+        measurement, "build", lambda shape, cut, **rest: names.append(shape.name) or build(shape, cut, **rest)
     )
     return names
 
@@ -73,19 +73,25 @@ def test_a_case_has_the_model_and_the_labelled_layer(run):
 def test_the_ceilings_are_of_the_model_and_the_layer_at_the_achieved_sparsity(run):
     from spath_eval.masks import remove_lowest
     from spath_eval.plugins.architectures.gemma import GEMMA
-    from spath_eval.speed.ceilings import ceiling
-    from spath_eval.speed.shapes import one_layer
+    from spath_eval.speed.ceilings import work
+    from spath_eval.speed.shapes import Cut, build
 
     (case,) = run("--sparsity", "0.3", "--no-controls").record["cases"]
     import torch
 
-    model = one_layer(SHAPE, device="cpu", dtype=torch.float32)
+    model = build(SHAPE, Cut(1), device="cpu", dtype=torch.float32)
     sites = GEMMA.sites(model)
     scores = {site.path: torch.arange(site.width).float() for site in sites}
-    expected = ceiling(model, sites, remove_lowest(scores, case["sparsity"]["achieved"]), measurement.WORKLOAD)
-    assert case["speed"][1]["prefill"]["ceiling"] == pytest.approx(expected.prefill)
-    assert case["speed"][1]["decode"]["ceiling"] == pytest.approx(expected.decode)
-    assert case["speed"][0]["decode"]["ceiling"] != pytest.approx(expected.decode)
+    mask = remove_lowest(scores, case["sparsity"]["achieved"])
+    dense, sparse = (work(model, sites, one, measurement.WORKLOAD) for one in (None, mask))
+    of_model, of_layer = case["speed"]
+    prefill, decode = dense.prefill.flops, dense.decode.bytes
+    assert of_layer["prefill"]["ceiling"] == pytest.approx(prefill.whole / sparse.prefill.flops.whole)
+    assert of_layer["decode"]["ceiling"] == pytest.approx(decode.whole / sparse.decode.bytes.whole)
+    assert of_layer["prefill"]["ffn_share"] == pytest.approx(prefill.ffn / prefill.whole)
+    assert of_model["decode"]["ceiling"] != pytest.approx(of_layer["decode"]["ceiling"])
+    removed = of_layer["weight_bytes"]["dense"] - of_layer["weight_bytes"]["sparse"]
+    assert removed == 4 * 3 * SHAPE.config["hidden_size"] * int((~mask[sites[0].path]).sum())
 
 
 def test_a_layer_is_timed_once_for_each_sparsity(run, layers, short_text):

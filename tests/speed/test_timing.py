@@ -1,7 +1,6 @@
 """Both arms are timed on the same work, in turn, and summed up without assumptions about the distribution."""
 
 import gc
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,27 @@ import torch
 from scipy.stats import binom
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaConfig, GemmaForCausalLM, PreTrainedModel
 
-from spath_eval.speed.ceilings import Ceiling
-from spath_eval.speed.timing import PairedTimes, PeakMemory, PhaseTimes, Workload, measure, record_entry
+from spath_eval.pathways import GateError
+from spath_eval.speed.timing import (
+    COMPILED,
+    EAGER,
+    Arm,
+    PairedTimes,
+    Part,
+    Pass,
+    PhaseTimes,
+    Stop,
+    Workload,
+    peak_memory,
+    take_turns,
+)
+from spath_eval.speed.timing import measure as measure_all
+
+
+def measure(model: PreTrainedModel, sparse: Any, workload: Workload, *, seed: int = 0, **stop: Any) -> PairedTimes:
+    """Of eager execution."""
+    return measure_all(model, sparse, workload, Stop(**stop), seed=seed)[EAGER]
+
 
 WORKLOAD = Workload(batch=2, tokens=6, new_tokens=3)
 SIZES: dict[str, Any] = {
@@ -123,7 +141,7 @@ def test_rounds_keep_within_bounds(model: PreTrainedModel) -> None:
     assert measure(model, spy.sparse, WORKLOAD, seconds=60, min_rounds=1, max_rounds=4).decode.rounds == 4
     for bounds in ((0, 5), (6, 5)):
         with pytest.raises(ValueError, match="min_rounds"):
-            measure(model, spy.sparse, WORKLOAD, min_rounds=bounds[0], max_rounds=bounds[1])
+            Stop(min_rounds=bounds[0], max_rounds=bounds[1])
 
 
 def test_times_are_positive_and_paired(model: PreTrainedModel) -> None:
@@ -132,7 +150,6 @@ def test_times_are_positive_and_paired(model: PreTrainedModel) -> None:
         assert len(phase.dense_seconds) == len(phase.sparse_seconds) == phase.rounds == 3
         assert min(phase.dense_seconds + phase.sparse_seconds) > 0
         assert min(phase.ratios) <= phase.ratio <= max(phase.ratios)
-    assert times.peak_memory is None
 
 
 def test_garbage_collection_is_off_while_timing_and_as_before_afterwards(model: PreTrainedModel) -> None:
@@ -179,26 +196,144 @@ def test_interval_of_few_rounds_is_their_range() -> None:
     assert PhaseTimes((2.0, 1.0, 3.0, 1.0, 1.0), (1.0,) * 5).ci95 == (1.0, 3.0)
 
 
-def test_record_entry_has_the_records_fields() -> None:
-    times = PairedTimes(PhaseTimes((2.0, 3.0), (1.0, 1.0)), PhaseTimes((1.5, 1.0), (1.0, 1.0)), None)
-    entry = record_entry("model", times, Ceiling(prefill=3.0, decode=1.4), WORKLOAD)
-    shared = {"sparse_seconds": [1.0, 1.0], "rounds": 2, "batch": 2, "tokens": 6}
-    assert entry == {
-        "subject": "model",
-        "prefill": {"ratio": 2.5, "ci95": [2.0, 3.0], "ceiling": 3.0, "dense_seconds": [2.0, 3.0], **shared},
-        "decode": {
-            "ratio": 1.25,
-            "ci95": [1.0, 1.5],
-            "ceiling": 1.4,
-            "dense_seconds": [1.5, 1.0],
-            "new_tokens": 3,
-            **shared,
-        },
-        "peak_memory": None,
-        "peak_memory_reason": "not counted on a CPU",
-    }
-    assert not any(math.isnan(value) for value in entry["decode"]["ci95"])
-    on_gpu = PairedTimes(times.prefill, times.decode, PeakMemory(dense=10, sparse=12))
-    entry = record_entry("model", on_gpu, Ceiling(1.0, 1.0), WORKLOAD)
-    assert entry["peak_memory"] == {"dense": 10, "sparse": 12}
-    assert "peak_memory_reason" not in entry
+def counting(values: list[float]) -> Arm:
+    """An arm of one phase that takes as long as it is told, the last value again and again."""
+    return Arm(lambda: [values.pop(0) if len(values) > 1 else values[0]])
+
+
+def test_rounds_end_when_every_interval_is_narrow_enough() -> None:
+    noisy = [0.0, *(1.0 + number % 2 for number in range(12)), 1.0]
+    stop = Stop(seconds=60, precision=0.02, max_rounds=500)
+    rounds = take_turns({EAGER: counting([2.0])}, {EAGER: counting(noisy), "other": counting([1.0])}, stop)
+    assert rounds.precision <= 0.02
+    assert 12 < rounds.compared(EAGER, 0).rounds < 100
+    assert take_turns({EAGER: counting([2.0])}, {EAGER: counting([1.0])}, stop).compared(EAGER, 0).rounds == 6
+
+
+def test_rounds_end_with_the_time_budget_however_wide_the_interval_is() -> None:
+    stop = Stop(seconds=0, precision=0.02, max_rounds=500)
+    wide = take_turns({EAGER: counting([1.0])}, {EAGER: counting([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])}, stop)
+    assert wide.compared(EAGER, 0).rounds == 6
+    assert wide.precision > 0.02
+
+
+def test_intervals_are_looked_at_ever_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spath_eval.speed import timing
+
+    looks: list[int] = []
+
+    def precision(self: timing.Rounds) -> float:
+        looks.append(len(self.dense[EAGER]))
+        return 1.0
+
+    monkeypatch.setattr(timing.Rounds, "precision", property(precision))
+    take_turns({EAGER: counting([1.0])}, {EAGER: counting([1.0])}, Stop(seconds=60, precision=0.1, max_rounds=60))
+    assert looks == [6, 8, 10, 12, 15, 18, 22, 27, 33, 40, 48, 58]
+
+
+def test_a_sparse_arm_is_compared_with_the_fastest_dense_one_phase_by_phase() -> None:
+    dense = {EAGER: Arm(lambda: [2.0, 5.0]), COMPILED: Arm(lambda: [3.0, 4.0])}
+    rounds = take_turns(dense, {EAGER: Arm(lambda: [1.0, 2.0])}, Stop(seconds=0, min_rounds=2))
+    prefill, decode = (rounds.compared(EAGER, phase) for phase in (0, 1))
+    assert (prefill.ratio, prefill.dense_arm, prefill.others) == (2.0, EAGER, {COMPILED: (3.0, 3.0)})
+    assert (decode.ratio, decode.dense_arm, decode.others) == (2.0, COMPILED, {EAGER: (5.0, 5.0)})
+
+
+def test_precision_is_the_width_of_the_interval_relative_to_the_ratio() -> None:
+    phase = PhaseTimes((2.0, 1.0, 3.0), (1.0,) * 3)
+    assert phase.precision == (3.0 - 1.0) / 2.0
+
+
+def test_parts_of_a_batch_take_turns_step_by_step_in_contexts_of_their_own(model: PreTrainedModel) -> None:
+    spy = Spy(model)
+    first, second = torch.arange(6)[None], torch.arange(12).reshape(2, 6)
+
+    @contextmanager
+    def other() -> Iterator[None]:
+        spy.arm = "sparse"
+        yield
+        spy.arm = "dense"
+
+    Pass(model, [Part(first), Part(second, other)], 2)()
+    assert [arm for arm, *_ in spy.calls] == ["dense", "sparse"] * 3
+    assert [tuple(ids.shape) for _, ids, _, _ in spy.calls] == [(1, 6), (2, 6), *[(1, 1), (2, 1)] * 2]
+    assert [cached for _, _, cached, _ in spy.calls] == [0, 0, 6, 6, 7, 7]
+    assert [seen for *_, seen in spy.calls] == [6, 6, 7, 7, 8, 8]
+
+
+class HalfFFNs:
+    """The model with the second half of each FFN's neurons sliced out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from spath_eval.contracts import FFN
+        from spath_eval.masks import Mask
+        from spath_eval.pathways import StaticPathway
+        from spath_eval.sites import find_sites
+
+        sites = find_sites(model, (FFN("model.layers.*.mlp"),))
+        mask = Mask({site.path: torch.arange(site.width) < site.width // 2 for site in sites})
+        self.applied = StaticPathway(sites, mask, "compact").applied
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured, but not turned into machine code, which takes long."""
+    from spath_eval.speed import timing
+
+    monkeypatch.setattr(
+        timing, "compiled", lambda function, device: torch.compile(function, backend="eager", dynamic=False)
+    )
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("windows", [False, True])
+def test_compiled_arms_compute_what_eager_ones_do(model: PreTrainedModel, windows: bool) -> None:
+    if windows:
+        config = Gemma3TextConfig(**SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+        model = Gemma3ForCausalLM(config).eval()
+    from spath_eval.speed.timing import CompiledPass
+
+    prompt = torch.arange(12).reshape(2, 6)
+    seen: list[list[torch.Tensor]] = []
+    for one in (Pass(model, [Part(prompt)], 3), CompiledPass(model, prompt, 3)):
+        logits: list[torch.Tensor] = []
+        forward = one._forward
+        one._forward = lambda *inputs, f=forward, into=logits: (r := f(*inputs), into.append(r[0]))[0]  # type: ignore
+        for _ in range(2):  # the second time on the same cache
+            one()
+        seen.append(logits)
+    for eager, compiled in zip(*seen, strict=True):
+        assert torch.allclose(eager, compiled, atol=1e-5)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_both_executions_are_timed_and_compared_with_both_dense_ones(model: PreTrainedModel) -> None:
+    times = measure_all(model, HalfFFNs(model).applied, WORKLOAD, Stop(seconds=0, min_rounds=2), compiled=True)
+    assert list(times) == [EAGER, COMPILED]
+    for paired in times.values():
+        for phase in (paired.prefill, paired.decode):
+            assert {phase.dense_arm, *phase.others} == {EAGER, COMPILED}
+            assert len(phase.sparse_seconds) == phase.rounds == 2
+
+
+def test_compiled_code_that_runs_dense_is_found_out(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from copy import deepcopy
+
+    from spath_eval.speed import timing
+
+    dense = deepcopy(model)
+    monkeypatch.setattr(timing, "compiled", lambda function, device: dense)
+    half = HalfFFNs(model)
+    with pytest.raises(GateError, match="compiled, the sparse arm does not compute"):
+        measure_all(model, half.applied, WORKLOAD, Stop(seconds=0, min_rounds=1), compiled=True)
+
+
+def test_peak_memory_is_that_of_an_arm_alone(model: PreTrainedModel) -> None:
+    weights = {"dense": 1000, "sparse": 600}
+    small, large = (peak_memory(model, HalfFFNs(model).applied, Workload(batch, 32, 2), weights) for batch in (1, 8))
+    assert small.dense > 1000
+    # the largest of what a forward allocates at once grows with the batch, and is smaller where FFNs are narrower
+    assert 5 < (large.dense - 1000) / (small.dense - 1000) < 9
+    assert large.dense - large.sparse > 400
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        pass  # a profiler can still be used
