@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,13 @@ HEAVY = ("torch", "transformers", "lm_eval", "pandas", "numpy", "scipy", "datase
 @pytest.mark.parametrize(
     "command", [[sys.executable, "-m", "spath_eval"], [Path(sys.executable).with_name("spath-eval")]]
 )
-def test_help_takes_half_a_second(command):
+def test_help_takes_half_a_second_of_the_processor(command):
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([*command, "--help"], check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # the best of several, for the machine may be busy with something else
     assert min(seconds() for _ in range(5)) <= 0.5
 
 
