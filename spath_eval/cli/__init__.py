@@ -24,10 +24,14 @@ OK, FAILED, INTERRUPTED, INTERNAL_ERROR, USAGE_ERROR, NO_CASES = range(6)
 
 COMMANDS = {
     "run": "Evaluate strategies on a model: what they keep of its quality, and how much faster it really runs.",
+    "compare": "Compare two records: what changed, and what became worse.",
+    "baseline": "Keep a record as the one that later runs are compared with.",
     "profile": "Measure how strongly each neuron responds to a domain.",
     "mask": "Write the mask that a strategy selects.",
     "speed": "Measure how much faster a model or a published model's shape runs without a share of its FFN neurons.",
     "findings": 'Measure the tables of the "Sparse pathways" paper, and print them beside the published values.',
+    "show": "Print the tables of a run again, from its record.",
+    "report": "Turn a record into a report: a page, tables, rows or test results.",
     "models": "List the model families: types, FFN shapes, reference shapes, and small checkpoints with their scores.",
     "plugins": "List the installed plugins, what each provides, and what is wrong with any.",
 }

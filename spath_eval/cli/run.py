@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spath_eval.cli import NO_CASES, load_registry, plugin_options
+from spath_eval.cli.show import rendered
 from spath_eval.contracts import UsageError
 
 if TYPE_CHECKING:
@@ -197,6 +198,11 @@ def model_options(command: Any) -> Any:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where the record goes.  [default: results/runs/...]"
 )
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    help="Compare with this record, and fail on what is worse: see spath-eval compare.",
+)
 @plugin_options
 @click.pass_context
 def command(context: click.Context, **given: Any) -> int:
@@ -276,7 +282,7 @@ def command(context: click.Context, **given: Any) -> int:
         for case in session.cases:
             click.echo(case.id)
         return 0
-    return _run(session)
+    return _run(session, given["baseline"])
 
 
 def prepare(registry: Registry, given: dict[str, Any]) -> tuple[Session, LoadedModel]:
@@ -318,10 +324,12 @@ def prepare(registry: Registry, given: dict[str, Any]) -> tuple[Session, LoadedM
     return session, session.loaded
 
 
-def _run(session: Session) -> int:
+def _run(session: Session, baseline: Path | None) -> int:
     from tqdm import tqdm
 
     from spath_eval.reports.console import case_line
+
+    conclude = _comparison_with(baseline) if baseline else lambda output: 0
 
     def on_start() -> None:
         for lines in session.registry.hook.spath_report_header(session=session):
@@ -338,13 +346,16 @@ def _run(session: Session) -> int:
             bar.update()
 
         record = session.run(on_start, on_case)
-    report = session.registry.report("console")
-    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
-    click.echo(
-        report.render(
-            record, width=min(max(width, 60), 100), colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        )
-    )
+    click.echo(rendered(session.registry.report("console"), record))
     click.echo(f"record: {session.output}", err=True)
     session.registry.hook.spath_terminal_summary(session=session, write=lambda line: click.echo(line, err=True))
-    return session.exit_status
+    return max(session.exit_status, conclude(session.output))
+
+
+def _comparison_with(baseline: Path) -> Callable[[Path], int]:
+    """Prints the comparison of a run's record with the baseline, which is read now: the run may write to its file."""
+    from spath_eval.cli.compare import report
+    from spath_eval.comparison import Evidence, compare
+
+    before = Evidence.read(baseline)
+    return lambda output: report(compare(before, Evidence.read(output)))

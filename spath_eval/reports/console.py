@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from spath_eval.contracts import Register
@@ -61,6 +62,68 @@ ABOVE_CEILING = "above ceiling: timing noise or a measurement fault"
 UNCONVERGED = "two halves of the profile text agree on less than {:.0%} of the removed neurons: profile more text"
 
 
+class Notes:
+    """Explanations in the order in which they are first needed, each of them once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, text: str) -> str:
+        """The mark of an explanation."""
+        text = " ".join(text.split())
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"({self.texts.index(text) + 1})"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the report says, before it takes a form."""
+
+    lead: Sequence[str]
+    """Lines that come first."""
+    tables: Mapping[str, Mapping[str, Sequence[Table]]]
+    """Model to subject (quality, noise floor, preservation, masks, speed, across domains, league) to its tables."""
+    notes: Sequence[str]
+    """What the marks (1), (2), ... in the tables stand for."""
+    remarks: Sequence[str]
+    """Lines on the whole run."""
+
+    def all_tables(self) -> list[Table]:
+        """The tables of all models and subjects."""
+        return [table for subjects in self.tables.values() for tables in subjects.values() for table in tables]
+
+    def legend(self) -> list[str]:
+        """What the tables' columns mean, each line once."""
+        return list(dict.fromkeys(line for table in self.all_tables() for line in table.legend))
+
+
+def content(record: Mapping[str, Any]) -> Content:
+    """The tables of `record`, empty ones left out, and what is said around them."""
+    note = Notes()
+    cases = record.get("cases", [])
+    pairs = Pairs.read(record.get("comparisons", []))
+    tables: dict[str, dict[str, list[Table]]] = {}
+    for model in dict.fromkeys(case["model"] for case in cases):
+        own = [case for case in cases if case["model"] == model]
+        dense = [entry for entry in record.get("dense", []) if entry["model"] == model]
+        subjects = {
+            "quality": [_quality(model, own, note)],
+            "noise floor": [_noise_floor(model, dense)],
+            "preservation": [_preservation(model, own, note)],
+            "masks": [_masks(model, own, note)],
+            "speed": [_speed(model, own, note)],
+            "across domains": cross_domain(model, own, pairs, note),
+            "league": league(model, own, pairs, note),
+        }
+        tables[model] = {name: [table for table in found if table.groups] for name, found in subjects.items()}
+    lead = [] if record.get("status") == "complete" else [f"This run is {record.get('status', 'incomplete')}."]
+    reasons = dict.fromkeys(case["quality_reason"] for case in cases if "quality_reason" in case)
+    lead += [f"Quality was not measured: {reason}." for reason in reasons]
+    lead += [] if cases else ["No cases."]
+    return Content(lead, tables, note.texts, _shared_words(cases))
+
+
 class ConsoleReport:
     """The report `console`."""
 
@@ -68,37 +131,12 @@ class ConsoleReport:
 
     def render(self, record: Mapping[str, Any], *, width: int = 100, colour: bool = False) -> str:
         """The tables of `record`, at most `width` columns wide, with ANSI colours where `colour`."""
-        notes: list[str] = []
-
-        def note(text: str) -> str:
-            text = " ".join(text.split())
-            if text not in notes:
-                notes.append(text)
-            return f"({notes.index(text) + 1})"
-
-        cases = record.get("cases", [])
-        pairs = Pairs.read(record.get("comparisons", []))
-        tables: list[Table] = []
-        for model in dict.fromkeys(case["model"] for case in cases):
-            own = [case for case in cases if case["model"] == model]
-            dense = [entry for entry in record.get("dense", []) if entry["model"] == model]
-            tables += [
-                _quality(model, own, note),
-                _noise_floor(model, dense),
-                _preservation(model, own, note),
-                _masks(model, own, note),
-                _speed(model, own, note),
-                *cross_domain(model, own, pairs, note),
-                *league(model, own, pairs, note),
-            ]
-        tables = [table for table in tables if table.groups]
-        parts = [] if record.get("status") == "complete" else [f"This run is {record.get('status', 'incomplete')}."]
-        reasons = dict.fromkeys(case["quality_reason"] for case in cases if "quality_reason" in case)
-        parts += [wrapped(f"Quality was not measured: {reason}.", width, "  ") for reason in reasons]
-        parts += [table.text(width, colour) for table in tables] if cases else ["No cases."]
-        explained = [wrapped(f"({number}) {text}", width, "    ") for number, text in enumerate(notes, 1)]
-        explained += [wrapped(line, width, "  ") for line in _shared_words(cases)]
-        legend = dict.fromkeys(wrapped(line, width, "  ") for table in tables for line in table.legend)
+        found = content(record)
+        parts = [wrapped(line, width, "  ") for line in found.lead]
+        parts += [table.text(width, colour) for table in found.all_tables()]
+        explained = [wrapped(f"({number}) {text}", width, "    ") for number, text in enumerate(found.notes, 1)]
+        explained += [wrapped(line, width, "  ") for line in found.remarks]
+        legend = dict.fromkeys(wrapped(line, width, "  ") for line in found.legend())
         return "\n\n".join([*parts, *("\n".join(lines) for lines in (explained, legend) if lines)]) + "\n"
 
 
