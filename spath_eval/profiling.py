@@ -138,6 +138,24 @@ class Profile:
         return cls(parts, model, {key: value for key, value in header.items() if key != "spath_eval"})
 
 
+SPECIALISED = 2.0
+"""A neuron is specialised where its largest mean activation exceeds so many times its mean over domains."""
+
+
+def specialisation(profile: Profile) -> dict[str, dict[str, float]]:
+    """Site path to domain to the share of the site's neurons that are specialised and most active in that domain.
+
+    Needs `mean_abs`. The ratio cannot exceed the number of domains.
+    """
+    shares = {}
+    for path in profile.statistic("mean_abs", next(iter(profile.domains))):
+        values = torch.stack([profile.statistic("mean_abs", domain)[path].flatten() for domain in profile.domains])
+        special = values.amax(0) > SPECIALISED * values.mean(0)
+        counts = torch.bincount(values.argmax(0)[special], minlength=len(values))
+        shares[path] = dict(zip(profile.domains, (counts / values.shape[1]).tolist(), strict=True))
+    return shares
+
+
 def pooled(profile: Profile, name: str = "pooled") -> Profile:
     """A profile of one domain, whose text is that of all domains of `profile` together, token by token.
 

@@ -49,7 +49,16 @@ from spath_eval.pathways import (
     check_neutrality,
     check_parity,
 )
-from spath_eval.profiling import ROUTING, STATISTICS, DomainProfile, Profile, cached_profile, pooled, profile_domain
+from spath_eval.profiling import (
+    ROUTING,
+    STATISTICS,
+    DomainProfile,
+    Profile,
+    cached_profile,
+    pooled,
+    profile_domain,
+    specialisation,
+)
 from spath_eval.quality.adapter import (
     Evaluation,
     PathwayLM,
@@ -641,16 +650,20 @@ class LoadedModel:
     def shared_records(self) -> dict[str, list[dict[str, Any]]]:
         """The record's `profiles`, `tasks` and `dense` entries of the model."""
         options = self.session.options
-        profiles = [
-            {
+        everything = Profile(self._domain_profiles, self.fingerprint)
+        profiles = []
+        for profile in [*self._profiles.values(), *([everything] if len(everything.domains) > 1 else [])]:
+            entry: dict[str, Any] = {
                 "model": self.target.name,
-                "fingerprint": fingerprint,
+                "fingerprint": profile.fingerprint,
                 "domains": list(profile.domains),
                 "tokens": {name: part.tokens for name, part in profile.domains.items()},
                 "texts": {name: part.source for name, part in profile.domains.items()},
             }
-            for fingerprint, profile in self._profiles.items()
-        ]
+            if len(profile.domains) > 1 and all("mean_abs" in part.statistics for part in profile.domains.values()):
+                entry["specialisation"] = specialisation(profile)
+            profiles.append(entry)
+        profiles = list({entry["fingerprint"]: entry for entry in profiles}.values())
         tasks, dense = [], []
         for domain, evaluation in self._dense.items():
             for task in self.session.tasks[domain].values():

@@ -26,6 +26,7 @@ from spath_eval.profiling import (
     forward_backbone,
     pooled,
     profile_domain,
+    specialisation,
 )
 from spath_eval.texts import Corpus, batches
 
@@ -532,3 +533,14 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "home" / ".cache" / "spath-eval"
     monkeypatch.setenv("SPATH_CACHE_DIR", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+
+
+def test_specialised_neurons_are_counted_where_they_are_most_active():
+    activations = {"math": [9.0, 1.0, 1.0, 0.0], "code": [1.0, 1.0, 1.0, 0.0], "law": [1.0, 1.0, 8.0, 0.0]}
+    profile = Profile(
+        {
+            name: DomainProfile(name, 7, "", "", {"mean_abs": {"a": torch.tensor(values, dtype=torch.float64)}})
+            for name, values in activations.items()
+        }
+    )
+    assert specialisation(profile) == {"a": {"math": 0.25, "code": 0.0, "law": 0.25}}

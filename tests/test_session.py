@@ -656,6 +656,8 @@ def test_masks_are_evaluated_on_every_domain_and_pooled(run, both):
     assert crossed["mask"] == cases["tiny/math/negative@0.15"]["mask"]
     assert {entry["task"] for entry in crossed["quality"]} == {"spath_code_choice", "spath_code_generate"}
     assert cases["tiny/pooled>math/negative@0.15"]["mask"] == cases["tiny/pooled>code/negative@0.15"]["mask"]
+    (shares,) = (entry["specialisation"] for entry in outcome.record["profiles"] if "specialisation" in entry)
+    assert list(shares["model.layers.0.mlp"]) == ["math", "code"]
     pairs = {(entry["case"], entry["other"]) for entry in outcome.record["comparisons"]}
     assert ("tiny/code/negative@0.15", "tiny/math>code/negative@0.15") in pairs
     assert ("tiny/math/negative@0.15", "tiny/math/random@0.15") in pairs
