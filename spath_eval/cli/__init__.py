@@ -24,7 +24,7 @@ OK, FAILED, INTERRUPTED, INTERNAL_ERROR, USAGE_ERROR, NO_CASES = range(6)
 
 COMMANDS = {
     "run": "Evaluate strategies on a model: what they keep of its quality, and how much faster it really runs.",
-    "compare": "Compare two records: what changed, and what became worse.",
+    "compare": "Compare the records BASELINE and CANDIDATE: what changed, and what became worse.",
     "baseline": "Keep a record as the one that later runs are compared with.",
     "profile": "Measure how strongly each neuron responds to a domain.",
     "mask": "Write the mask that a strategy selects.",
