@@ -96,9 +96,8 @@ def collect(
 def cross(cases: Sequence[Case], domains: Sequence[Domain]) -> list[Case]:
     """`cases`, and behind each what its mask does in the other `domains`; at the end the masks of all domains pooled.
 
-    A mask that depends on no text of its domain is no domain's, and stays alone; so does a strategy that chooses by
-    prompt or token. A strategy that compares domains has no pooled mask. Raises `UsageError` for fewer than two
-    domains.
+    A strategy that reads no text of its domain chooses for no domain, and stays alone. One that compares domains has no
+    pooled mask. Raises `UsageError` for fewer than two domains.
     """
     if len(domains) < 2:
         raise UsageError("--cross evaluates the masks of domains on each other: name two domains or more")
@@ -107,7 +106,7 @@ def cross(cases: Sequence[Case], domains: Sequence[Domain]) -> list[Case]:
     everything = pooled(domains)
     for case in cases:
         crossed.append(case)
-        if case.strategy.kind != "static" or not (case.strategy.requires or case.strategy.needs_batches):
+        if not (case.strategy.requires or case.strategy.needs_batches):
             continue
         crossed += [dataclasses.replace(case, other=domain) for domain in domains if domain != case.domain]
         if not case.strategy.all_domains:

@@ -22,6 +22,7 @@ from spath_eval.collection import (
 from spath_eval.plugins.strategies.negative import Negative
 from spath_eval.plugins.strategies.random import Random
 from spath_eval.plugins.strategies.specialisation import Specialisation
+from spath_eval.plugins.strategies.teal import Teal
 from spath_eval.session import GivenMask
 
 MATH = Domain("math", lambda split: [], ())
@@ -71,6 +72,18 @@ def test_crossed_masks_are_evaluated_on_every_domain():
     ]
     assert {case.mask_id for case in crossed if case.domain.name == "pooled"} == {"a/pooled/negative@0.1"}
     assert [case.is_own for case in crossed] == [True, False, True, True, False, True, False, False]
+
+
+def test_thresholds_of_a_domain_are_crossed_as_masks_are():
+    crossed = cross(collect(["a"], [MATH, CODE], [Teal()], [0.1], "compact"), [MATH, CODE])
+    assert [case.id for case in crossed] == [
+        "a/math/teal@0.1[masked]",
+        "a/math>code/teal@0.1[masked]",
+        "a/code/teal@0.1[masked]",
+        "a/code>math/teal@0.1[masked]",
+        "a/pooled>math/teal@0.1[masked]",
+        "a/pooled>code/teal@0.1[masked]",
+    ]
 
 
 def test_a_strategy_that_compares_domains_has_no_pooled_mask():
