@@ -9,9 +9,11 @@ which its time is least. A ratio is profiling over plain forward within a round:
 distribution-free 95% interval (of fewer than 6 rounds, the smallest and the largest). On the CPU there is a second one
 of processor seconds, which leave out the time that other programs had.
 
-With `--memory` the peaks of two processes are shown, one for 10,000 and one for 200,000 tokens. How large the largest
-batch is must not depend on that, so that there the text is cut into documents of one length, about a row each. The
-result goes to stdout, progress to stderr.
+With `--memory` the peaks of two processes are shown, one for 10,000 and one for 200,000 tokens, and what they needed
+before. How large the largest batch is must not depend on that, so that there the text is cut into documents of one
+length, about a row each. Weights are read from their file beforehand, which else happens as tokens first occur, and
+glibc is told to give back what is freed in blocks of a MiB or more, which else it keeps or not, as the order of sizes
+has it. The result goes to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -165,7 +167,8 @@ def peaks(options: argparse.Namespace) -> Iterator[dict[str, str]]:
         command = [sys.executable, __file__, "--peak", "--model", options.model, "--tokens", str(tokens)]
         command += ["--profile-text", str(options.profile_text), "--batch-size", str(options.batch_size)]
         command += ["--statistics", options.statistics]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        giving_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=giving_back)
         counted, loaded, peak = map(int, done.stdout.split())
         yield {
             "model": Path(options.model).name,
@@ -190,6 +193,8 @@ def profile_once(options: argparse.Namespace) -> None:
     text = "\n\n".join(corpus.profile)
     documents = tuple(text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS))
     corpus = Corpus(documents, (), corpus.source)
+    for weights in model.parameters():
+        weights.sum()
     peak = torch.cuda.max_memory_allocated if model.device.type == "cuda" else peak_rss
     before = peak()
     part = profile_domain(
