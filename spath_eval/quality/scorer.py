@@ -45,6 +45,8 @@ ROWS = 16
 """Rows that generate at a time, where no `batch_size` says how many."""
 LOGITS = 32 * 2**20
 """Logits that are held at a time."""
+SLICE = {"cpu": 2**19}
+"""Logits whose exponentials are summed up at a time: as many as a core's cache holds; elsewhere all."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Largest difference of a packed from a plain forward, relative to the largest logit, by which it is found equal."""
 ATTENTION = ("sdpa", "eager")
@@ -300,7 +302,7 @@ class SpathLM(HFLM):
         for start in range(0, len(places), chunk):
             logits = output_head(self.model, hidden[start : start + chunk])
             first, last = np.searchsorted(which, [start, start + chunk])
-            parts.append(_likelihoods(logits, rows[first:last] - start, target[first:last]))
+            parts.append(likelihoods(logits, rows[first:last] - start, target[first:last]))
         slots = np.concatenate([tree.slots for tree in step.rows])
         scores[:, slots] = torch.cat(parts, dim=1).cpu().double().numpy()
 
@@ -348,11 +350,25 @@ class SpathLM(HFLM):
         return None
 
 
-def _likelihoods(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
-    """Of each target its log-likelihood and whether it is the most likely token, `[2, targets]`."""
-    likely = logits.argmax(-1)[row] == target
-    values = logits.log_softmax(-1)[row, target]  # lm-eval's numerics: `logsumexp` is more exact in float32
-    return torch.stack([values, likely.to(values.dtype)])
+def likelihoods(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
+    """Of each target its log-likelihood, and whether it is the token that `argmax` gives: `[2, targets]`.
+
+    `logits` are `[rows, vocabulary]`, `row` and `target` `[targets]`.
+    """
+    picked = logits[row, target]
+    size = max(1, SLICE.get(logits.device.type, LOGITS) // logits.shape[1])
+    normalisers, tops = [], []
+    for part in logits.split(size):
+        top = part.amax(-1, keepdim=True)
+        normalisers.append((part - top).exp_().sum(-1).log_() + top[:, 0])
+        tops.append(top[:, 0])
+    likely = picked == torch.cat(tops)[row]
+    if logits.device.type == "cpu":  # of equally likely tokens it is the first; `argmax` itself is slow
+        for number in likely.nonzero()[:, 0].tolist():
+            likely[number] = not (logits[row[number], : target[number]] == picked[number]).any()
+    else:
+        likely = logits.argmax(-1)[row] == target
+    return torch.stack([picked - torch.cat(normalisers)[row], likely.to(picked.dtype)])
 
 
 def _branch(cache: Cache, rows: int) -> Cache:
