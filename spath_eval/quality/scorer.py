@@ -41,7 +41,7 @@ OVERHEAD = {"cpu": 128.0, "cuda": 4096.0}
 """What one more forward costs, in tokens."""
 SMALLEST = 64
 """Token budget below which running out of memory is final."""
-ROWS = 16
+ROWS = 32
 """Rows that generate at a time, where no `batch_size` says how many."""
 LOGITS = 32 * 2**20
 """Logits that are held at a time."""

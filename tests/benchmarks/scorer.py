@@ -32,7 +32,7 @@ from typing import Any
 
 SPARSITY = 0.15
 SPARSE_ARMS = 4
-ROWS = 16
+ROWS = 32
 """Texts that `SpathLM` generates at a time; it takes no batch size to score."""
 FEWSHOT_SEED = 1234
 """The one that lm-eval sets by default."""
