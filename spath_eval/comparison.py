@@ -156,7 +156,7 @@ class Row:
     case: str
     """The id of the case, or of the dense model on a domain: `model/domain/dense`."""
     quantity: str
-    """`outcome`, `score`, `perplexity` or `speed.` and a phase."""
+    """`outcome`, `score`, `likelihood` (of the dense model's choices), `perplexity` or `speed.` and a phase."""
     name: str = ""
     """The task, metric and filter, or what was timed, where the quantity does not say it all."""
     key: Key | None = None
@@ -274,9 +274,9 @@ class Comparison:
         return frame.astype(dict.fromkeys(("units", "lost", "gained", "needed"), "Int64"))
 
     def fails(self, row: Row) -> bool:
-        """Whether the row fails the comparison: it is newly failing, or a margin is not held in it, or without margins
-        it is worse."""
-        if row.mark == FAILING:
+        """Whether the row fails the comparison: it is newly failing, or the dense model answers otherwise, or a margin
+        is not held in it, or without margins it is worse."""
+        if row.mark == FAILING or (row.quantity, row.mark) == ("likelihood", WORSE):
             return True
         if self.margins:
             return row.judgement is not None and row.judgement.verdict != HELD
@@ -285,8 +285,7 @@ class Comparison:
 
 def compare(baseline: Evidence, candidate: Evidence, margins: Sequence[Margin] = (), *, seed: int = 0) -> Comparison:
     """Compare two records. Equal seeds draw equal resamples. Raises `UsageError` for two margins on one quantity."""
-    if len({margin.quantity for margin in margins}) < len(margins):
-        raise UsageError("--fail-on: a quantity has one margin")
+    _check_margins(margins)
     pair = _Pair(baseline, candidate, seed)
     return Comparison(
         baseline=baseline,
@@ -296,6 +295,18 @@ def compare(baseline: Evidence, candidate: Evidence, margins: Sequence[Margin] =
         differing=tuple(_differing(baseline.record, candidate.record)),
         other_masks=frozenset(pair.other_masks()),
     )
+
+
+def parse_margins(texts: Iterable[str]) -> tuple[Margin, ...]:
+    """The margins of a comparison. Raises `UsageError` as `Margin.parse` and `compare` do."""
+    margins = tuple(map(Margin.parse, texts))
+    _check_margins(margins)
+    return margins
+
+
+def _check_margins(margins: Sequence[Margin]) -> None:
+    if len({margin.quantity for margin in margins}) < len(margins):
+        raise UsageError("--fail-on: a quantity has one margin")
 
 
 def table_row(row: Row) -> dict[str, Any]:
@@ -375,6 +386,7 @@ class _Pair:
                 continue
             obstacle = self._other_model(one["model"])
             yield from self._scores(id, id, obstacle, one, other)
+            yield from self._likelihoods(id, obstacle)
             if self._missing or any(id in side.heldout for side in self.sides):
                 yield _row(Row(id, "perplexity"), obstacle, partial(self._perplexity, id))
 
@@ -407,6 +419,24 @@ class _Pair:
             absent = _absent((first, second), (one.get("quality_reason"), other.get("quality_reason")))
             reason = obstacle or absent or self._other_task(key)
             yield _row(row, reason, partial(self._score, id, dense, key))
+
+    def _likelihoods(self, id: str, obstacle: str | None) -> Iterator[Row]:
+        """Rows of the mean log-likelihood of all choices of a task's document, where documents have the same prompt.
+
+        The same weights give the same, in either direction: what an accuracy hides, because no answer changes.
+        """
+        seen = set()
+        for case, task, chosen in self.before.documents:
+            if case != id or task in seen:
+                continue
+            seen.add(task)
+            before, after = (side.documents.get((id, task, chosen), {}) for side in self.sides)
+            alike = [name for name in before if _prompt(before[name]) == _prompt(after.get(name, {})) is not None]
+            sums = [(_likelihood(before[name]), _likelihood(after[name])) for name in alike]
+            pairs = [pair for pair in sums if None not in pair]
+            if len(pairs) > 1:
+                arms = zip(*pairs, strict=True)
+                yield _row(Row(id, "likelihood", task), obstacle, partial(score_change, *arms, higher_is_better=True))
 
     def _other_task(self, key: Key) -> str | None:
         first, second = (side.tasks[key] for side in self.sides)
@@ -716,7 +746,7 @@ def _marked(rows: Sequence[Row]) -> list[Row]:
             p_value = next(adjusted)
             factor = SPEED_FACTOR if row.quantity.startswith("speed") else FACTOR
             changed = p_value < SIGNIFICANT and _beyond(change.baseline, change.candidate, factor)
-            better = (change.candidate > change.baseline) == change.higher_is_better
+            better = (change.candidate > change.baseline) == change.higher_is_better and row.quantity != "likelihood"
             row = dataclasses.replace(row, p_adjusted=p_value, mark=(BETTER if better else WORSE) if changed else NOISE)
         marked.append(row)
     return marked
@@ -854,6 +884,18 @@ def _by_subject(case: Record) -> dict[str, Record]:
 
 def _key(entry: Record) -> Key:
     return entry["task"], entry["metric"], entry["filter"]
+
+
+def _prompt(row: Record) -> tuple[str, str | None] | None:
+    """What a row's prompt and right answer are known by."""
+    return (row["prompt_hash"], row.get("target_hash")) if "prompt_hash" in row else None
+
+
+def _likelihood(row: Record) -> float | None:
+    """The sum of the log-likelihoods of a row's choices; none of a text that was generated."""
+    choices = row.get("filtered_resps") or [None]
+    scored = all(isinstance(choice, list) and choice and isinstance(choice[0], float) for choice in choices)
+    return math.fsum(choice[0] for choice in choices) if scored else None
 
 
 def _kind(metric: str, value: float, rows: Iterable[Record]) -> str | None:

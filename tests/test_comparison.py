@@ -226,12 +226,12 @@ def test_the_made_records_are_records(same):
 def test_a_record_compared_with_itself_has_changed_in_nothing(baseline):
     found = compare(baseline, baseline, MARGINS[:2])
     assert found.exit_status == 0
-    assert marks(found) == "~" * (3 * 4 + 2 * 2)
+    assert marks(found) == "~" * (3 * 4 + 2 * 3)
     for row in found.rows:
         if not row.quantity.startswith("speed"):
             assert row.change.ci95 == ((1, 1) if row.quantity == "perplexity" else (0, 0))
-            assert row.judgement.verdict == "held"
             assert row.p_adjusted == 1
+            assert row.quantity == "likelihood" or row.judgement.verdict == "held"
     assert found.differing == ()
     assert found.unjudged == ()
 
@@ -277,7 +277,7 @@ def test_scores_are_paired_by_document(baseline, same, tmp_path):
     assert found.change.value == pytest.approx(-13 / 150)
     assert (found.change.lost, found.change.gained) == (14, 1)
     assert found.change.p_value == pytest.approx(binomtest(1, 15).pvalue)
-    assert found.p_adjusted == pytest.approx(16 * binomtest(1, 15).pvalue)
+    assert found.p_adjusted == pytest.approx(18 * binomtest(1, 15).pvalue)
     dense = np.mean([row["acc"] for row in same.rows if row["case"] == "toy/math/dense" and "task" in row])
     assert found.change.gain.value == pytest.approx(-13 / 150 / (dense - 0.25))
 
@@ -543,6 +543,26 @@ def test_dense_drift_has_rows_of_its_own_and_fails(baseline, same, tmp_path):
     assert [(row.case, row.judgement.verdict) for row in judged.failures] == [("toy/math/dense", "broken")]
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.02])
+def test_a_scorer_that_is_wrong_fails_where_no_answer_changes(baseline, same, tmp_path, factor):
+    for row in same.rows:
+        if "filtered_resps" in row:
+            row["filtered_resps"] = [[factor * score, greedy] for score, greedy in row["filtered_resps"]]
+    candidate = same.read(tmp_path)
+    for margins in ((), [Margin("retention", 0.05)]):
+        found = compare(baseline, candidate, margins)
+        assert {(row.case, row.label) for row in found.failures} == {
+            (f"toy/{domain}/dense", f"likelihood {domain}_choice") for domain in ("math", "code")
+        }
+
+
+def test_likelihoods_are_those_of_the_same_prompts(baseline, same, tmp_path):
+    for row in same.rows:
+        if "filtered_resps" in row and row["doc_id"]:
+            row |= {"prompt_hash": "other", "filtered_resps": [[-9.0, False], [-9.0, False]]}
+    assert not [row for row in compare(baseline, same.read(tmp_path)).rows if row.quantity == "likelihood"]
+
+
 def fingerprint(run):
     run.record["models"][0]["fingerprint"] = "e" * 64
 
@@ -618,13 +638,19 @@ def no_preservation(run):
 
 SCORES, MATH = {"score"}, {CASES[0], CASES[2], "toy/math/dense"}
 SPEEDS = {"speed.prefill", "speed.decode"}
+DENSE = {"likelihood"}
 EVERYTHING = {*CASES, "toy/math/dense", "toy/code/dense"}
 
 
 @pytest.mark.parametrize(
     ("change", "cases", "quantities", "reason"),
     [
-        (fingerprint, EVERYTHING, SCORES | {"perplexity"} | SPEEDS, "another model (weights): ffffffffffff and eeeeee"),
+        (
+            fingerprint,
+            EVERYTHING,
+            SCORES | DENSE | {"perplexity"} | SPEEDS,
+            "another model (weights): ffffffffffff and eeeeee",
+        ),
         (options, {CASES[0]}, SCORES | {"perplexity"} | SPEEDS, "another strategy (options): {} and {'pool': 'model'}"),
         (plugin, {CASES[0]}, SCORES | {"perplexity"} | SPEEDS, "another strategy (plugin): None and other"),
         (version, MATH, SCORES, "another version of the task: 1 and 2"),

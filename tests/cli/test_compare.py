@@ -82,7 +82,7 @@ def changed(path, change):
 def test_a_run_compared_with_itself_passes(compare, recorded):
     outcome = compare(recorded, recorded)
     assert (outcome.status, outcome.err) == (0, "")
-    assert outcome.out.splitlines()[-1] == "9 rows: 9 within noise (~): passed"
+    assert outcome.out.splitlines()[-1] == "10 rows: 10 within noise (~): passed"
 
 
 def test_a_regression_is_printed_and_fails(compare, baseline, regressed):
@@ -92,7 +92,7 @@ def test_a_regression_is_printed_and_fails(compare, baseline, regressed):
     assert re.split(r"\s{2,}", row.strip())[:4] == [f"- {TASK}", "20", "1.000", "0.500"]
     assert row.endswith("10/0")
     *_, reason, end = outcome.out.rstrip("\n").split("\n")
-    assert "9 rows: 1 worse (-), 8 within noise (~): failed" in f"{reason} {end}"
+    assert "10 rows: 1 worse (-), 9 within noise (~): failed" in f"{reason} {end}"
     assert f"{CASE} {TASK} exact_match answer: worse: 1.000 -> 0.500, -0.500" in outcome.out
     assert all(len(line) <= 100 for line in outcome.out.splitlines())
     assert "\x1b" not in outcome.out
@@ -135,7 +135,7 @@ def test_json_holds_every_row(compare, baseline, regressed):
     outcome = compare(baseline, regressed, "--format", "json", "--show-flips", "1")
     content = json.loads(outcome.out)
     assert content["exit_status"] == outcome.status == 1
-    assert content["counts"] == {"+": 0, "-": 1, "!": 0, "*": 0, "x": 0, "~": 8}
+    assert content["counts"] == {"+": 0, "-": 1, "!": 0, "*": 0, "x": 0, "~": 9}
     (worse,) = [row for row in content["rows"] if row["mark"] == "-"]
     assert (worse["case"], worse["task"], worse["change"], worse["lost"]) == (CASE, TASK, -0.5, 10)
     assert [flip["candidate"] for flip in worse["flips"]] == ["wr\x1bong\ntwice"]
@@ -154,7 +154,7 @@ def test_junit_has_a_test_for_each_row(compare, baseline, regressed):
     outcome = compare(baseline, regressed, "--format", "junit")
     suite = ElementTree.fromstring(outcome.out).find("testsuite")
     tests = {(test.get("classname"), test.get("name")): test for test in suite}
-    assert len(tests) == int(suite.get("tests")) == 7
+    assert len(tests) == int(suite.get("tests")) == 8
     assert (suite.get("failures"), suite.get("skipped")) == ("1", "1")
     failure = tests[CASE, f"{TASK} exact_match answer"].find("failure")
     assert failure.get("message").startswith("worse: 1.000 -> 0.500")
@@ -176,7 +176,7 @@ def test_markdown_names_what_failed_and_folds_the_rest(compare, baseline, regres
     assert shown.startswith("### spath-eval compare: failed\n")
     assert f"- {CASE} {TASK} exact_match answer: worse: 1.000 -> 0.500" in shown
     assert len(re.findall(r"^\| `-` +\|", shown, flags=re.MULTILINE)) == 2
-    assert shown.index("<details><summary>All 9 rows</summary>") > shown.index("| `-`")
+    assert shown.index("<details><summary>All 10 rows</summary>") > shown.index("| `-`")
 
 
 def test_the_step_summary_is_appended_to(compare, baseline, regressed, tmp_path, monkeypatch):
