@@ -168,13 +168,25 @@ class Target:
     architecture: Architecture
 
 
+Load = Callable[[LoadRequest], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
 class Session:
     """One run."""
 
-    def __init__(self, options: Options, registry: Registry, given: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        options: Options,
+        registry: Registry,
+        command: Mapping[str, Any] | None = None,
+        load: Load | None = None,
+    ) -> None:
+        """`command` is what the record says of how it was asked for; `load` loads models instead of the plugins, and
+        may hand out one that it keeps: a run leaves a model as it was."""
         self.options = options
         self.registry = registry
-        self.given = tuple(given)
+        self.command = {"given": [], **(command or {})}
+        self._load_model: Load = load or (lambda request: registry.hook.spath_load_model(request=request))
         check_device_map(options.device_map, options.device)
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device)
@@ -235,7 +247,7 @@ class Session:
         request = LoadRequest(
             target.reference, options.revision, target.architecture, self.device, self.dtype, options.device_map
         )
-        model, tokenizer = self.registry.hook.spath_load_model(request=request)
+        model, tokenizer = self._load_model(request)
         return LoadedModel(target, model, tokenizer, self)
 
     def _load_tasks(self, domain: Domain) -> dict[str, ConfigurableTask]:
@@ -411,7 +423,7 @@ class Session:
             "version": records.VERSION,
             "status": "failed" if self.status == "complete" and self.exit_status else self.status,
             "created": self.created.isoformat(timespec="seconds"),
-            "command": {"given": list(self.given), "resolved": _plain(self.options)},
+            "command": self.command | {"resolved": _plain(self.options)},
             "seed": self.options.seed,
             "plugins": [
                 {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}

@@ -42,7 +42,7 @@ def spath_register_strategies(register):
 @hookimpl
 def spath_addoption(group):
     help = "Leave out the random control that runs beside the asked strategy."
-    group.params.append(click.Option(["--no-controls"], is_flag=True, help=help))
+    group.params.append(click.Option(["--no-controls/--controls"], is_flag=True, help=help))
 
 
 @hookimpl

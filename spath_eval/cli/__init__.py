@@ -6,8 +6,10 @@ one line on stderr.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,9 +20,11 @@ import click
 
 import spath_eval
 from spath_eval.contracts import UsageError
-from spath_eval.registry import Registry
+from spath_eval.registry import Registry, choices
 
 OK, FAILED, INTERRUPTED, INTERNAL_ERROR, USAGE_ERROR, NO_CASES = range(6)
+COMPLETE = "_SPATH_EVAL_COMPLETE"
+"""The variable through which a shell asks how a line can go on: click's own protocol."""
 
 COMMANDS = {
     "run": "Evaluate strategies on a model: what they keep of its quality, and how much faster it really runs.",
@@ -34,6 +38,7 @@ COMMANDS = {
     "report": "Turn a record into a report: a page, tables, rows or test results.",
     "models": "List the model families: types, FFN shapes, reference shapes, and small checkpoints with their scores.",
     "plugins": "List the installed plugins, what each provides, and what is wrong with any.",
+    "new-plugin": "Write the package of a new plugin to ./NAME: module, tests, README and CI file.",
 }
 """Commands and the first lines of their help, which stand here so that listing them imports none."""
 
@@ -54,7 +59,15 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"{__name__}.{cmd_name}").command
+        return importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            raise UsageError(f"unknown command {name!r}: {choices(name, COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -126,6 +139,10 @@ def load_registry(plugin_names: Sequence[str], strict_plugins: bool, *, warn: bo
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `spath-eval` with `argv` (by default the process's arguments) and return its exit status."""
     settings = _Settings()
+    if instruction := os.environ.get(COMPLETE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(group, {"obj": settings}, "spath-eval", COMPLETE, instruction)
     try:
         # click's own main would print and exit for some errors with codes that are not ours
         with group.make_context("spath-eval", list(sys.argv[1:] if argv is None else argv), obj=settings) as ctx:
@@ -139,13 +156,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_stdout()
         return INTERRUPTED
     except click.ClickException as error:
-        return _fail(f"error: {error.format_message()}", USAGE_ERROR, settings)
+        return _fail(f"error: {explained(error)}", USAGE_ERROR, settings)
     except UsageError as error:
         return _fail(f"error: {error}", USAGE_ERROR, settings)
     except (Exception, SystemExit) as error:
         hint = "" if settings.verbose else " (run with -v for the traceback)"
         return _fail(f"internal error: {type(error).__name__}: {error}{hint}", INTERNAL_ERROR, settings)
     return status or OK
+
+
+def explained(error: click.ClickException) -> str:
+    """What click says is wrong; of a choice that there is not, with the nearest one that there is."""
+    message = error.format_message()
+    parameter = error.param if isinstance(error, click.BadParameter) else None
+    if parameter is not None and isinstance(parameter.type, click.Choice):
+        value = re.match("'(.*)' is not", error.message)
+        close = difflib.get_close_matches(value[1], map(str, parameter.type.choices), n=1) if value else []
+        message += f" Did you mean {close[0]}?" if close else ""
+    return message
 
 
 def _fail(message: str, status: int, settings: _Settings | None = None) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -16,6 +15,7 @@ from xml.etree import ElementTree
 
 import click
 
+from spath_eval.cli.terminal import columns, has_colour
 from spath_eval.contracts import UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def command(
     """
     from spath_eval import comparison
 
-    asked = [comparison.Margin.parse(margin) for margin in margins]
+    asked = comparison.parse_margins(margins)
     found = comparison.compare(comparison.Evidence.read(baseline), comparison.Evidence.read(candidate), asked)
     return report(found, form=form, output=output, flips=flips)
 
@@ -81,8 +81,6 @@ def report(found: Comparison, *, form: str = "text", output: Path | None = None,
 
     Raises `UsageError` where `output` cannot be written.
     """
-    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if output is not None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +88,7 @@ def report(found: Comparison, *, form: str = "text", output: Path | None = None,
         except OSError as error:
             raise UsageError(f"cannot write {output}: {error.strerror or error}") from error
         form = "text"
-    shown = render(found, form, width=min(max(width, 60), 100), colour=colour, flips=flips)
+    shown = render(found, form, width=columns(), colour=has_colour(sys.stdout), flips=flips)
     click.echo(shown.rstrip("\n"))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:

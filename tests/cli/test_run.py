@@ -130,6 +130,15 @@ def test_collect_only_lists_ids_and_loads_no_model(run, loads, work_folder):
     assert list(work_folder.iterdir()) == []
 
 
+def test_the_list_of_cases_is_json_where_that_is_asked_for(run, loads):
+    outcome = run("--collect-only", "--json", "--no-controls")
+    assert json.loads(outcome.out) == {"cases": ["tiny/math/negative@0.15"]}
+    outcome = run("--json")
+    assert (outcome.status, outcome.out) == (4, "")
+    assert outcome.err == ("error: --json is for the list of --collect-only: the record of a run is JSON in any case\n")
+    assert loads == []
+
+
 def test_keywords_select_the_cases_that_run(run):
     outcome = run("--sparsity", "0.1,0.2", "-k", "RANDOM and @0.2 or negative and @0.1")
     assert ids(outcome) == ["tiny/math/negative@0.1", "tiny/math/random@0.2"]
@@ -391,3 +400,109 @@ def test_verbose_shows_the_traceback_of_a_refusal(run, out):
     assert outcome.status == 4
     assert outcome.err.startswith("Traceback")
     assert outcome.err.splitlines()[-1].startswith("error: unknown strategy 'negativ'")
+
+
+# Suite files
+
+
+@pytest.fixture
+def suite(spath_eval_command, work_folder, tiny_checkpoint, short_text):
+    """Calls `spath-eval run` with a suite file that holds the tiny checkpoint, brief options and what is given."""
+
+    def call(text, *arguments, name="ci/suite.toml", head=""):
+        path = work_folder / name
+        path.parent.mkdir(exist_ok=True)
+        brief = f"""
+            model = "{tiny_checkpoint}"
+            profile-tokens = 600
+            preservation-tokens = 300
+            batch-size = 8
+            no-speed = true
+            profile-text = ["math={short_text}", "code={short_text}"]
+        """
+        path.write_text(head + brief + text, encoding="utf-8")
+        config = () if name == "pyproject.toml" else ("--config", name)
+        return spath_eval_command("run", *config, *arguments)
+
+    return call
+
+
+def test_a_suite_file_says_what_is_run_and_the_record_says_so(suite, tiny_checkpoint):
+    settings = 'domain = ["math"]\nsparsity = [0.1, 0.2]\nno-controls = true\nlimit = 4\noutput = "out.json"'
+    outcome = suite(settings, "--sparsity", "0.3")
+    assert outcome.status == 0
+    assert ids(outcome) == ["tiny/math/negative@0.3"]
+    assert outcome.err.startswith("suite: ci/suite.toml\n")
+    assert outcome.record_path == Path("ci/out.json")
+    command = outcome.record["command"]
+    assert command["given"] == ["--config", "ci/suite.toml", "--sparsity", "0.3"]
+    ((path, kept),) = [tuple(entry.values()) for entry in command["suites"]]
+    assert (path, kept["sparsity"], kept["limit"]) == ("ci/suite.toml", [0.1, 0.2], 4)
+    assert command["resolved"]["sparsities"] == [0.3]
+    assert command["resolved"]["models"] == [str(tiny_checkpoint)]
+    assert command["resolved"]["plugin"] == {"no_controls": True}
+
+
+def test_a_projects_table_is_used_and_each_key_overridden(suite):
+    head = "[tool.spath-eval]\n"
+    settings = 'strategy = ["negative", "wanda"]\ndomain = "math,code"\nno-controls = true\ncross = true'
+    whole = suite(settings, "--collect-only", head=head, name="pyproject.toml")
+    assert whole.err == "suite: pyproject.toml\n"
+    assert len(whole.out.splitlines()) == 2 * 2 * 2 + 2 * 2
+    less = suite(settings, "--collect-only", "--no-cross", "--domain", "math", head=head, name="pyproject.toml")
+    assert less.out.splitlines() == ["tiny/math/negative@0.15", "tiny/math/wanda@0.15"]
+    more = suite(
+        "no-controls = true", "--collect-only", "--controls", "--domain", "math", head=head, name="pyproject.toml"
+    )
+    assert more.out.splitlines() == ["tiny/math/negative@0.15", "tiny/math/random@0.15"]
+
+
+def test_a_suite_may_name_tasks_of_domains_that_are_left_out(suite):
+    settings = '[tasks]\nmath = ["spath_math_choice"]\ncode = ["spath_code_choice"]\n[limit]\nspath_math = 2'
+    outcome = suite(settings, "--domain", "math")
+    assert outcome.status == 0
+    assert outcome.record["command"]["resolved"]["tasks"] == {"math": ["spath_math_choice"]}
+    assert {entry["documents"] for entry in outcome.record["tasks"]} == {2}
+    asked = suite(settings, "--domain", "math", "--tasks", "code=spath_code_choice")
+    assert asked.status == 4
+    assert "unknown domain 'code'" in asked.err
+
+
+def test_a_mask_takes_the_place_of_what_a_suite_says_of_strategies(suite, spath_eval_command, tiny_checkpoint, brief):
+    options = ["--model", tiny_checkpoint, *brief[:2], *brief[4:6], *brief[-2:]]
+    assert spath_eval_command("mask", *options, "-o", "mask.safetensors").status == 0
+    settings = 'strategy = ["negative", "wanda"]\nsparsity = [0.1, 0.2]\nexpert-sparsity = 0.5\ndomain = "math"'
+    outcome = suite(settings, "--mask", "mask.safetensors", "--collect-only", "--no-controls")
+    assert re.fullmatch(r"tiny/math/mask:file=mask.safetensors@0\.1\d+\n", outcome.out)
+    both = suite('mask = "../mask.safetensors"\nsparsity = 0.1')
+    assert (both.status, both.out) == (4, "")
+    assert both.err.splitlines()[-1] == "error: --mask takes the place of --sparsity: give one of them"
+
+
+def test_what_is_wrong_in_a_suite_is_refused(suite, loads):
+    refused(suite("sparcity = 0.1"), "ci/suite.toml: unknown key 'sparcity': did you mean sparsity?")
+    refused(suite('seed = "one"'), "ci/suite.toml: seed is 'one': expected an integer")
+    refused(suite("num-fewshot = -1"), "ci/suite.toml: ", "--num-fewshot")
+    assert loads == []
+
+
+def test_margins_decide_wherever_they_are_given(suite):
+    settings = 'domain = "math"\nlimit = 4\nno-controls = true\n'
+    assert suite(settings, "-o", "before.json").status == 0
+    margins = 'baseline = "../before.json"\n[fail-on]\nperplexity = "1%"'
+    held = suite(settings + margins)
+    assert held.status == 0
+    assert "held" in held.out
+    assert held.record["command"]["baseline"] == "ci/../before.json"
+    assert held.record["command"]["fail_on"] == ["perplexity:1%"]
+    other = suite(settings + margins, "--fail-on", "speed:10%", "-o", "other.json")
+    assert other.status == 1
+    assert "speed:10%: no row to judge it by" in other.out
+
+
+def test_margins_that_cannot_be_judged_are_refused_before_the_run(run, loads):
+    refused(run("--fail-on", "retention:2%"), "--fail-on", "--baseline")
+    for margins in (["retention:two"], ["speed:5%", "speed:6%"]):
+        options = [part for margin in margins for part in ("--fail-on", margin)]
+        refused(run("--baseline", "missing.json", *options), "--fail-on")
+    assert loads == []
