@@ -72,7 +72,7 @@ def test_every_folder_with_code_is_a_package(setup):
 
 def test_every_entry_point_is_there(setup):
     section = setup["options.entry_points"]
-    for line in lines(section["console_scripts"]) + lines(section["spath_eval"]):
+    for line in lines(section["console_scripts"]) + lines(section["pytest11"]) + lines(section["spath_eval"]):
         module, _, attribute = line.partition("=")[2].strip().partition(":")
         found = importlib.import_module(module)
         assert not attribute or hasattr(found, attribute), line
