@@ -193,7 +193,10 @@ class Report(Protocol):
     name: str
 
     def render(self, record: Mapping[str, Any], *, width: int, colour: bool) -> str:
-        """The report on `record`, at most `width` columns wide."""
+        """The report on `record`; escape codes are for `colour` alone.
+
+        It is lines, each with a line end and at most `width` columns wide, unless it is a format of files.
+        """
 
 
 @dataclass(frozen=True)

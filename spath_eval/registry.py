@@ -210,7 +210,7 @@ class Registry:
         except BaseException as error:  # SystemExit too: importing a script by mistake must not end the program
             if plugin is not None and self._manager.get_name(plugin) == entry_point.name:
                 self._manager.unregister(name=entry_point.name)
-            cause = str(error) if isinstance(error, _Refused) else _one_line(error)
+            cause = str(error) if isinstance(error, Refused) else _one_line(error)
             broken = _info(entry_point, status="broken")
             problem = PluginProblem(broken.name, broken.distribution, broken.version, cause)
             self.plugins.append(broken)
@@ -228,16 +228,16 @@ class Registry:
     def _refuse_duplicate(self, entry_point: importlib.metadata.EntryPoint) -> None:
         for other in self.plugins:
             if other.status == "active" and entry_point.name == other.name:
-                raise _Refused(f"the plugin name is taken by module {other.module} of {other.origin}")
+                raise Refused(f"the plugin name is taken by module {other.module} of {other.origin}")
             if other.status == "active" and entry_point.value == other.module:
-                raise _Refused(f"the module is loaded already, as plugin {other.name!r} of {other.origin}")
+                raise Refused(f"the module is loaded already, as plugin {other.name!r} of {other.origin}")
 
     def _check_plugin(self, entry_point: importlib.metadata.EntryPoint, plugin: object) -> tuple[str, ...]:
-        """The hooks that a plugin implements. Raises `_Refused` where it does not keep to the contract."""
+        """The hooks that a plugin implements. Raises `Refused` where it does not keep to the contract."""
         module = plugin if isinstance(plugin, types.ModuleType) else sys.modules.get(entry_point.module)
         version = getattr(module, "SPATH_CONTRACT_VERSION", CONTRACT_VERSION)
         if version != CONTRACT_VERSION:
-            raise _Refused(
+            raise Refused(
                 f"it is for version {version!r} of the plugin contract, and this is version {CONTRACT_VERSION}"
             )
 
@@ -251,9 +251,9 @@ class Registry:
                 hooks.append(hook)
                 _check_arguments(hook, getattr(plugin, attribute))
             elif not options.get("optionalhook"):
-                raise _Refused(f"there is no hook {hook}: {choices(hook, HOOKS)}")
+                raise Refused(f"there is no hook {hook}: {choices(hook, HOOKS)}")
         if not hooks:
-            raise _Refused("it implements no hook; mark the functions that do with @spath_eval.hookimpl")
+            raise Refused("it implements no hook; mark the functions that do with @spath_eval.hookimpl")
         return tuple(hooks)
 
     def _collect(self, plugin: object, hooks: Collection[str]) -> dict[str, dict[str, object]]:
@@ -264,23 +264,23 @@ class Registry:
             kind = REGISTERING[hook]
             try:
                 self._manager.subset_hook_caller(hook, others)(register=partial(self._offer, kind, offers[kind]))
-            except _Refused:
+            except Refused:
                 raise
             except Exception as error:
-                raise _Refused(f"{hook} raised {_one_line(error)}") from error
+                raise Refused(f"{hook} raised {_one_line(error)}") from error
         return offers
 
     def _offer(self, kind: str, offers: dict[str, object], offered: object) -> None:
-        name = _check_object(kind, offered)
+        name = check_object(kind, offered)
         if name in offers:
-            raise _Refused(f"it registers {kind} {name!r} twice")
+            raise Refused(f"it registers {kind} {name!r} twice")
         if (kind, name) in self._owners:
             holder = self.owner(kind, name)
-            raise _Refused(f"{kind} {name!r} is taken by plugin {holder.name!r} ({holder.origin})")
+            raise Refused(f"{kind} {name!r} is taken by plugin {holder.name!r} ({holder.origin})")
         offers[name] = offered
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The cause of a plugin problem, said already as it is to be shown."""
 
 
@@ -335,43 +335,43 @@ def _check_arguments(hook: str, function: Any) -> None:
     for name, parameter in inspect.signature(function).parameters.items():
         passed = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
         if passed and name not in HOOKS[hook]:
-            raise _Refused(f"{hook} has no argument {name!r}: {choices(name, HOOKS[hook])}")
+            raise Refused(f"{hook} has no argument {name!r}: {choices(name, HOOKS[hook])}")
 
 
-def _check_object(kind: str, offered: Any) -> str:
-    """The name of an object of that kind. Raises `_Refused` where it is not what the contract describes."""
+def check_object(kind: str, offered: Any) -> str:
+    """The name of an object of that kind. Raises `Refused` where it is not what the contract describes."""
     if kind == "strategy":
         _check_strategy(offered)
     elif kind == "report":
         if not callable(getattr(offered, "render", None)):
-            raise _Refused(f"{offered!r} is not a report: it has no method render")
+            raise Refused(f"{offered!r} is not a report: it has no method render")
     else:
         expected = {"architecture": Architecture, "domain": Domain}[kind]
         if not isinstance(offered, expected):
-            raise _Refused(f"{offered!r} is not a spath_eval.{expected.__name__}")
+            raise Refused(f"{offered!r} is not a spath_eval.{expected.__name__}")
     name = getattr(offered, "name", None)
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-        raise _Refused(f"{name!r} cannot name the {kind} {offered!r}: letters, digits and . + - _ make a name")
+        raise Refused(f"{name!r} cannot name the {kind} {offered!r}: letters, digits and . + - _ make a name")
     return name
 
 
 def _check_strategy(offered: Any) -> None:
     if not (inspect.isclass(offered) and issubclass(offered, Strategy)):
-        raise _Refused(f"{offered!r} is not a class derived from spath_eval.Strategy")
+        raise Refused(f"{offered!r} is not a class derived from spath_eval.Strategy")
     label = f"strategy class {offered.__name__}"
     if "__dataclass_fields__" not in vars(offered):
-        raise _Refused(f"{label} is not marked with @dataclass(frozen=True)")
+        raise Refused(f"{label} is not marked with @dataclass(frozen=True)")
     if offered.kind not in STRATEGY_METHODS:
-        raise _Refused(f"{label} is of unknown kind {offered.kind!r}: {choices(offered.kind, STRATEGY_METHODS)}")
+        raise Refused(f"{label} is of unknown kind {offered.kind!r}: {choices(offered.kind, STRATEGY_METHODS)}")
     method = STRATEGY_METHODS[offered.kind]
     if getattr(offered, method) is getattr(Strategy, method):
-        raise _Refused(f"{label} is of kind {offered.kind} and does not define {method}()")
+        raise Refused(f"{label} is of kind {offered.kind} and does not define {method}()")
     for field, annotation in _options(offered).items():
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise _Refused(f"option {field.name} of {label} has no default")
+            raise Refused(f"option {field.name} of {label} has no default")
         texts = get_origin(annotation) is Literal and all(isinstance(value, str) for value in get_args(annotation))
         if annotation not in (int, float, bool, str) and not texts:
-            raise _Refused(f"option {field.name} of {label} is not an int, float, bool, str or Literal of strings")
+            raise Refused(f"option {field.name} of {label} is not an int, float, bool, str or Literal of strings")
 
 
 def _options(strategy: type[Strategy]) -> dict[dataclasses.Field[Any], Any]:

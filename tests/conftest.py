@@ -17,8 +17,12 @@ from typing import Any
 
 import pytest
 
+from spath_eval.testing import SIZES
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing by more, and lose much on a busy machine
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TQDM_DISABLE="1")
+
+pytest_plugins = "pytester"
 
 Distribute = Callable[..., Path]
 
@@ -74,20 +78,6 @@ def sample_plugin(distribute: Distribute) -> Path:
     return distribute(project["name"], entry_points, modules, version=project["version"])
 
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 100,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
 WINDOWS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 2,
@@ -162,6 +152,15 @@ TINY["gemma4_text+experts"] = TINY["gemma4_text"] | {
 """What the configuration of each model type, or of a variant of it, has besides `SIZES`."""
 
 
+def tiny_configuration(kind: str, **changes: Any) -> dict[str, Any]:
+    """Keyword arguments of the configuration of a tiny model."""
+    configuration = {key: value for key, value in {**SIZES, **TINY[kind], **changes}.items() if value is not None}
+    if kind != "kimi_k25":
+        return configuration
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {"text_config": configuration, "vision_config": vision}
+
+
 def build_tiny_model(kind: str = "gemma", *, seed: int = 0, **changes: Any) -> Any:
     """A randomly initialised model of the real class of a model type, or of a variant of it, `TYPE+VARIANT`.
 
@@ -172,14 +171,11 @@ def build_tiny_model(kind: str = "gemma", *, seed: int = 0, **changes: Any) -> A
     import torch
     import transformers
 
-    configuration = {key: value for key, value in (SIZES | TINY[kind] | changes).items() if value is not None}
     model_type, auto_class = kind.partition("+")[0], "AutoModelForCausalLM"
     if model_type == "kimi_k25":
-        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-        configuration = {"text_config": configuration, "vision_config": vision}
         auto_class = "AutoModelForImageTextToText"
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(model_type, **configuration)
+    config = transformers.AutoConfig.for_model(model_type, **tiny_configuration(kind, **changes))
     model = getattr(transformers, auto_class).from_config(config).eval().requires_grad_(False)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("bias"):
@@ -237,12 +233,14 @@ def float64_activations(module: Any, inputs: Any, experts: Any = None) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """`build_tiny_model`; `tiny_model.kinds` are the model types and variants that it knows."""
+    """`build_tiny_model`; `tiny_model.kinds` are the model types and variants that it knows, and
+    `tiny_model.configuration` is `tiny_configuration`."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more than one only costs time at this size
     build_tiny_model.kinds = tuple(TINY)
+    build_tiny_model.configuration = tiny_configuration
     yield build_tiny_model
     torch.set_num_threads(threads)
 

@@ -329,3 +329,23 @@ def test_a_domain_without_held_out_text_whose_metric_is_no_mean_is_evaluated(run
         assert case["preservation"] is None
         assert "held" in case["preservation_reason"]
     assert outcome.record["profiles"][0]["texts"] == {"toy": "made up"}
+
+
+# Options of others
+
+
+def test_an_option_of_a_plugin_is_one_of_run_and_reaches_its_hooks(run, sample_plugin):
+    whole = run("--sparsity", "0.1,0.3", "--collect-only").out.splitlines()
+    assert len(whole) == 4
+    assert run("--sparsity", "0.1,0.3", "--collect-only", "--first", "3").out.splitlines() == whole[:3]
+    record = run("--no-quality", "--first", "1").record
+    assert [case["id"] for case in record["cases"]] == ["tiny/math/negative@0.15"]
+    assert record["command"]["resolved"]["plugin"]["first"] == 1
+
+
+def test_an_option_of_a_plugin_is_checked_and_in_the_help(run, spath_eval_command, sample_plugin):
+    refused = run("--first", "0")
+    assert refused.status == 4
+    assert "'--first'" in refused.err
+    assert "--first" in spath_eval_command("run", "--help").out
+    assert "--first" not in spath_eval_command("run", "-p", "no:sample", "--help").out

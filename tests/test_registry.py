@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from spath_eval import Architecture, Domain, UsageError, hookspecs
+from spath_eval import CONTRACT_VERSION, Architecture, Domain, UsageError, hookspecs
 from spath_eval.registry import HOOKS, PluginProblem, Registry
+
+DOCS = Path(__file__).parents[1] / "docs" / "plugins.md"
 
 STRATEGY = """
 from dataclasses import dataclass
@@ -251,7 +255,7 @@ def test_the_sample_plugin_offers_one_object_of_each_kind(sample_plugin):
     assert not set(domain.texts("profile")) & set(domain.texts("heldout"))
     assert registry.parse_strategy("weakest:pool=model").pool == "model"
     record = {"cases": [{"id": "gemma/math/negative@0.15", "outcome": "passed"}]}
-    assert registry.report("lines").render(record, width=20, colour=False) == "passed gemma/math/ne"
+    assert registry.report("lines").render(record, width=20, colour=False) == "passed gemma/math/ne\n"
 
 
 @pytest.mark.parametrize("kind", ["architecture", "domain", "strategy", "report"])
@@ -351,6 +355,41 @@ def test_every_hook_is_documented_and_annotated(hook):
     signature = inspect.signature(function)
     assert all(parameter.annotation is not parameter.empty for parameter in signature.parameters.values())
     assert signature.return_annotation is not signature.empty
+
+
+def written(hook: str) -> str:
+    """The hook's signature, as the docs have to give it."""
+    signature = inspect.signature(getattr(hookspecs, hook))
+    arguments = ", ".join(f"{name}: {parameter.annotation}" for name, parameter in signature.parameters.items())
+    return f"{hook}({arguments}) -> {signature.return_annotation}"
+
+
+def test_the_docs_give_every_hook_with_its_exact_signature_and_no_other():
+    signatures = re.findall(r"^spath_\w+\(.+$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(signatures) == sorted(map(written, HOOKS))
+
+
+def test_the_docs_name_the_hooks_of_which_the_first_result_counts():
+    first = {hook for hook in HOOKS if getattr(hookspecs, hook).spath_eval_spec["firstresult"]}
+    (sentence,) = re.findall(
+        r"Of ([^.]+) the first\s+result that is not `None` counts", DOCS.read_text(encoding="utf-8")
+    )
+    assert set(re.findall(r"`(spath_\w+)`", sentence)) == first
+
+
+def test_the_docs_state_the_version_of_the_contract():
+    text = DOCS.read_text(encoding="utf-8")
+    assert f"`spath_eval.CONTRACT_VERSION`, now {CONTRACT_VERSION}." in text
+    assert f"\nSPATH_CONTRACT_VERSION = {CONTRACT_VERSION}\n" in text
+
+
+EXAMPLES = re.findall(r"^```python\n(.+?)^```", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("source", [source for source in EXAMPLES if "hookimpl" in source])
+def test_the_examples_in_the_docs_load(distribute, source):
+    distribute("docs-dist", {"docs": "docs_module"}, {"docs_module": source})
+    assert Registry.load(wanted=["docs"]).plugins[-1].hooks
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -84,7 +84,7 @@ def load_tasks(
     names = list(dict.fromkeys(names))
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"the data directory {data_dir} is no folder")
-    manager = _manager_of(names, sorted({str(folder) for folder in folders}))
+    manager = task_manager(names, sorted({str(folder) for folder in folders}))
     feed = _Feed(data_dir, num_fewshot, limits or Limits(), _parents(manager))
     tasks: dict[str, ConfigurableTask] = {}
     sandboxed = _SandboxedCodeEval()
@@ -183,7 +183,7 @@ def _folders_defining(name: str) -> set[str]:
     return {str(path.parent) for path in files}
 
 
-def _manager_of(names: Sequence[str], folders: Sequence[str]) -> TaskManager:
+def task_manager(names: Sequence[str], folders: Sequence[str]) -> TaskManager:
     """lm-eval's task manager for `folders` and for those of its own folders that `names` need.
 
     Raises `UsageError` where a name is in neither.

@@ -46,7 +46,8 @@ def test_help_imports_no_command():
             "import sys",
             "from spath_eval.cli import COMMANDS, main",
             "main(['--help'])",
-            "print(*[name for name in COMMANDS if f'spath_eval.cli.{name}' in sys.modules], file=sys.stderr)",
+            "modules = [f'spath_eval.cli.{name}'.replace('-', '_') for name in COMMANDS]",
+            "print(*[name for name in modules if name in sys.modules], file=sys.stderr)",
         ]
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

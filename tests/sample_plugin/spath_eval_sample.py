@@ -1,4 +1,4 @@
-"""A whole plugin: a strategy, a domain, an architecture and a report, each as small as it can be."""
+"""A whole plugin: a strategy, a domain, an architecture, a report and an option, each as small as it can be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
+
+import click
 
 import spath_eval
 from spath_eval import FFN, Architecture, Context, Domain, Strategy, hookimpl
@@ -35,7 +37,7 @@ class Lines:
     name = "lines"
 
     def render(self, record: Mapping[str, Any], *, width: int, colour: bool) -> str:
-        return "\n".join(f"{case['outcome']} {case['id']}"[:width] for case in record["cases"])
+        return "".join(f"{case['outcome']} {case['id']}"[:width] + "\n" for case in record["cases"])
 
 
 @hookimpl
@@ -56,3 +58,14 @@ def spath_register_architectures(register):
 @hookimpl
 def spath_register_reports(register):
     register(Lines())
+
+
+@hookimpl
+def spath_addoption(group):
+    group.params.append(click.Option(["--first"], type=click.IntRange(min=1), help="Run only the first N cases."))
+
+
+@hookimpl(trylast=True)
+def spath_collection_modifyitems(cases, session):
+    if first := session.options.plugin.get("first"):
+        del cases[first:]
