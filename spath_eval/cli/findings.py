@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +12,7 @@ import click
 
 from spath_eval.cli import FAILED, load_registry, plugin_options
 from spath_eval.cli.run import model_options, profile_texts, quiet_libraries, split_list
+from spath_eval.cli.terminal import columns
 from spath_eval.contracts import UsageError
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def command(plugin_names: tuple[str, ...], strict_plugins: bool, **given: Any) -
     text = (
         output.read_text(encoding="utf-8")
         if given["form"] == "json"
-        else findings.render(result, given["form"], _width())
+        else findings.render(result, given["form"], columns())
     )
     click.echo(text.rstrip("\n"))
     click.echo(f"findings: {output}", err=True)
@@ -178,8 +177,3 @@ def _measure(session: Session, definitions: Definitions, output: Path) -> dict[s
     part["profile"]["path"] = path.name
     click.echo(f"profile: {path}", err=True)
     return part
-
-
-def _width() -> int:
-    columns = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
-    return min(max(columns, 60), 100)

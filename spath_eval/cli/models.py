@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from spath_eval.cli import load_registry, plugin_options
+from spath_eval.cli.terminal import columns
 from spath_eval.contracts import Architecture, UsageError
 
 SCORE_ROW = re.compile(r"^\| (\S+) \| (\S+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
@@ -130,7 +131,7 @@ def _as_text(families: Sequence[Architecture], checkpoints: Sequence[Checkpoint 
 
 def _score_table(scores: Mapping[str, Sequence[CardScore]]) -> str:
     """Tasks down, families across."""
-    from tabulate import tabulate
+    from spath_eval.reports.tables import Group, Table
 
     by_task = {name: {row.task: row for row in rows} for name, rows in scores.items()}
     about = {row.task: row for rows in scores.values() for row in rows}
@@ -138,15 +139,11 @@ def _score_table(scores: Mapping[str, Sequence[CardScore]]) -> str:
         (
             task,
             row.metric,
-            row.items,
+            str(row.items),
             f"{row.chance:g}",
             *(f"{rows[task].score:.3f}" if task in rows else "-" for rows in by_task.values()),
         )
         for task, row in about.items()
     ]
-    return tabulate(
-        lines,
-        ("dense score", "metric", "items", "chance", *scores),
-        disable_numparse=True,
-        colalign=("left", "left", "right", "right", *["right"] * len(scores)),
-    )
+    header = ("task", "metric", "items", "chance", *scores)
+    return Table("Dense scores of the checkpoints", header, [Group("", lines)]).text(columns(), False)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from spath_eval.cli import load_registry, plugin_options
+from spath_eval.cli.terminal import columns
 from spath_eval.contracts import CONTRACT_VERSION, UsageError
 from spath_eval.registry import HOOKS, REGISTERING, PluginInfo, PluginProblem, choices
 
@@ -44,8 +45,16 @@ def _as_json(plugins: Sequence[PluginInfo], problems: Sequence[PluginProblem]) -
 def _as_text(plugins: Sequence[PluginInfo], problems: Sequence[PluginProblem]) -> str:
     from tabulate import tabulate
 
-    rows = [(plugin.name, plugin.distribution or "-", plugin.version or "-", _summary(plugin)) for plugin in plugins]
-    text = tabulate(rows, headers=("plugin", "distribution", "version", "provides"), disable_numparse=True)
+    header = ("plugin", "distribution", "version")
+    about = [(plugin.name, plugin.distribution or "-", plugin.version or "-") for plugin in plugins]
+    # tabulate makes a column at least two wider than its header
+    taken = sum(max([len(title) + 2, *map(len, column)]) + 2 for title, *column in zip(header, *about, strict=True))
+    text = tabulate(
+        [(*row, _summary(plugin)) for row, plugin in zip(about, plugins, strict=True)],
+        headers=(*header, "provides"),
+        disable_numparse=True,
+        maxcolwidths=[None, None, None, max(20, columns() - taken)],
+    )
     if problems:
         text += "\n\nproblems:\n" + "\n".join(f"  {problem}" for problem in problems)
     return text

@@ -40,6 +40,10 @@ def command(
     """Turn a record into a report: a page, tables, rows or test results.
 
     All of it comes from the file RECORD, but for the documents that changed: those stand in the samples file beside it.
+
+    \b
+    spath-eval report record.json --format html -o report.html
+    spath-eval report record.json --format csv
     """
     from spath_eval import records
     from spath_eval.reports.flips import with_flips

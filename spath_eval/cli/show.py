@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spath_eval.cli import load_registry, plugin_options
+from spath_eval.cli.terminal import columns, has_colour
 
 if TYPE_CHECKING:
     from spath_eval.contracts import Report
@@ -33,7 +32,5 @@ def rendered(report: Report, record: Mapping[str, Any]) -> str:
 
     What is no valid Unicode in a model's answer is written with backslashes.
     """
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size((100, 24)).columns if terminal else 100
-    text = report.render(record, width=min(max(width, 60), 100), colour=terminal and "NO_COLOR" not in os.environ)
+    text = report.render(record, width=columns(), colour=has_colour(sys.stdout))
     return text.encode("utf-8", "backslashreplace").decode()

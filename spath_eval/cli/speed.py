@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +11,7 @@ import click
 
 from spath_eval.cli import FAILED, INTERRUPTED, load_registry, plugin_options
 from spath_eval.cli.run import MODEL_OPTIONS, profile_texts, quiet_libraries, split_list
+from spath_eval.cli.terminal import columns
 from spath_eval.contracts import UsageError
 
 if TYPE_CHECKING:
@@ -81,6 +80,12 @@ def parse_counts(option: str, text: str) -> tuple[int, ...]:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where the raw values go.  [default: results/runs/...]"
 )
+@click.option(
+    "--picture",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw ratios and ceilings over sparsity: FILE.png or FILE.svg by its ending, without either both.",
+)
 @plugin_options
 @click.pass_context
 def command(context: click.Context, plugin_names: tuple[str, ...], strict_plugins: bool, **given: Any) -> int:
@@ -88,6 +93,9 @@ def command(context: click.Context, plugin_names: tuple[str, ...], strict_plugin
 
     Both arms take turns in one process. Several domains' pathways are switched between, and mixed in a batch. The table
     goes to stdout, all talk to stderr, the raw values to a JSON file.
+
+    \b
+    spath-eval speed --arch gemma --domain math --subject model --seconds 1 --picture gemma
     """
     import json
 
@@ -96,12 +104,15 @@ def command(context: click.Context, plugin_names: tuple[str, ...], strict_plugin
     quiet_libraries()
     from spath_eval import records
     from spath_eval.pathways import GateError
-    from spath_eval.speed.table import faults, render
+    from spath_eval.reports.picture import check_picture, speed_picture
+    from spath_eval.speed.table import faults, render, timings
 
     created = datetime.now(UTC)
     name = given["shape"] or given["case_id"] or "+".join(map(_last_part, given["models"])) or given["arch"]
     output = given["output"] or Path("results/runs") / f"{created:%Y%m%dT%H%M%S}-{name.replace('/', '-')}-speed.json"
     records.check_writable(output)
+    if given["picture"]:
+        check_picture(given["picture"])
     if given["record"] and given["dtype"] == "auto":
         given["dtype"] = records.read(given["record"]).get("environment", {}).get("dtype", "auto")
     entries: list[dict[str, Any]] = []
@@ -119,16 +130,19 @@ def command(context: click.Context, plugin_names: tuple[str, ...], strict_plugin
         "kind": "speed",
         "status": status,
         "created": created.isoformat(timespec="seconds"),
-        "options": {key: given[key] for key in sorted(given) if key not in ("as_json", "output")},
+        "options": {key: given[key] for key in sorted(given) if key not in ("as_json", "output", "picture")},
         "environment": records.environment(str(device), str(dtype).removeprefix("torch.")),
         "speed": entries,
     }
     records.write(about, output)
     plain = json.loads(output.read_text(encoding="utf-8"))["speed"]
-    click.echo(json.dumps(plain, indent=1) if given["as_json"] else render(plain, _width()).rstrip("\n"))
+    click.echo(json.dumps(plain, indent=1) if given["as_json"] else render(plain, columns(140)).rstrip("\n"))
     for fault in faults(plain):
         click.echo(f"warning: measurement fault: {fault}", err=True)
     click.echo(f"speed: {output}", err=True)
+    if given["picture"] and any(timings(plain)):
+        for file in speed_picture(plain, given["picture"]):
+            click.echo(f"picture: {file}", err=True)
     return code
 
 
@@ -228,8 +242,3 @@ def _say(line: str) -> None:
 
 def _last_part(reference: str) -> str:
     return Path(reference).stem if reference.endswith(".gguf") else Path(reference).name
-
-
-def _width() -> int:
-    columns = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
-    return min(max(columns, 60), 140)

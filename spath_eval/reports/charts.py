@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 Interval = Sequence[float]
-WIDTH, HEIGHT = 340, 210
+WIDTH, HEIGHT = 290, 195
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 36
 """Margins of a panel, in its units, which are pixels where it has room."""
 SHAPES = 8
@@ -109,7 +109,7 @@ class Panel:
 
 def tick_text(value: float) -> str:
     """As few digits as it takes."""
-    return f"{value:.0e}".replace("e+0", "e") if abs(value) >= 10_000 else f"{value:.10g}"
+    return f"{value:.3g}".replace("e+0", "e") if abs(value) >= 1_000 else f"{value:.10g}"
 
 
 def track(axis: Axis, value: float | None, interval: Interval | None, ceiling: float | None) -> Markup:
@@ -135,7 +135,7 @@ def panel(chart: Panel) -> Markup:
         _markup("<title>{}</title>", f"{chart.title}: {chart.y_label} by share of FFN neurons removed"),
         _markup('<text class="title" x="{}" y="14">{}</text>', LEFT, chart.title),
         _markup(
-            '<text class="axis-label" x="{}" y="{}" text-anchor="middle">neurons removed, %</text>',
+            '<text class="axis-label" x="{}" y="{}" text-anchor="middle">FFN neurons removed, %</text>',
             (LEFT + WIDTH - RIGHT) / 2,
             HEIGHT - 4,
         ),

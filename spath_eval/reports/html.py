@@ -103,6 +103,8 @@ class Cell:
 class HeatMap:
     """Shares of specialised neurons: FFN sites as rows, domains as columns."""
 
+    source: str
+    """The profile and how much text it is of."""
     domains: Sequence[str]
     rows: Mapping[str, Sequence[Cell]]
     highest: str
@@ -167,8 +169,8 @@ def _pictures(model: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "trade_off": _trade_off(own),
         "speed": _speed(rivals),
         "speed_of_controls": _speed(controls),
-        "speed_reasons": dict.fromkeys(case["speed_reason"] for case in cases if "speed_reason" in case),
-        "heat_maps": [_heat_map(shares) for shares in _specialisation(profiles)],
+        "speed_reasons": _untimed(cases),
+        "heat_maps": [_heat_map(profile) for profile in _specialised(profiles)],
         "heat_map_reasons": dict.fromkeys(
             profile.get("specialisation_reason", "the record has none") for profile in profiles or [{}]
         ),
@@ -231,7 +233,7 @@ def _speed(cases: Sequence[Case]) -> list[Forest]:
                     lines[measurement] = replace(line, remark=judged(timing) + also)
     forests = (
         _forest(
-            "The whole model" if subject == "model" else subject.capitalize(),
+            "The whole model" if subject == "model" else subject[0].upper() + subject[1:],
             "dense time / sparse time, 1: as fast as dense; bar: ceiling",
             [*lines.values()],
             "{:.2f}".format,
@@ -239,6 +241,13 @@ def _speed(cases: Sequence[Case]) -> list[Forest]:
         for subject, lines in subjects.items()
     )
     return [forest for forest in forests if forest]
+
+
+def _untimed(cases: Sequence[Case]) -> list[str]:
+    """Why masks were not timed, each reason once; a mask that was timed in another case needs none."""
+    timed = {(case["domain"], arm(case)) for case in cases if case.get("speed")}
+    untimed = [case for case in cases if (case["domain"], arm(case)) not in timed]
+    return list(dict.fromkeys(case["speed_reason"] for case in untimed if "speed_reason" in case))
 
 
 def _forest(
@@ -327,17 +336,19 @@ def _decode(case: Case) -> Mapping[str, Any]:
     return {**timing, "value": timing["ratio"]} if timing else {}
 
 
-def _specialisation(profiles: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Mapping[str, float]]]:
-    """Site to domain to share, as often as there are different ones."""
-    found: list[Mapping[str, Mapping[str, float]]] = []
+def _specialised(profiles: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The profiles that have shares of specialised neurons, and not the same as one before."""
+    found: list[Mapping[str, Any]] = []
     for profile in profiles:
         shares = profile.get("specialisation")
-        if shares and shares not in found:
-            found.append(shares)
+        if shares and all(shares != other["specialisation"] for other in found):
+            found.append(profile)
     return found
 
 
-def _heat_map(shares: Mapping[str, Mapping[str, float]]) -> HeatMap:
+def _heat_map(profile: Mapping[str, Any]) -> HeatMap:
+    found: Mapping[str, Mapping[str, float]] = profile["specialisation"]
+    shares = {site: found[site] for site in sorted(found, key=_natural)}
     domains = list(dict.fromkeys(domain for row in shares.values() for domain in row))
     highest = max((share for row in shares.values() for share in row.values()), default=0.0)
     layers = {site: re.findall(r"(?<=\.)\d+(?=\.)", site) for site in shares}
@@ -351,7 +362,15 @@ def _heat_map(shares: Mapping[str, Mapping[str, float]]) -> HeatMap:
         f"layer {layers[site][0]}" if by_layer else site: [cell(row.get(domain)) for domain in domains]
         for site, row in shares.items()
     }
-    return HeatMap(domains, rows, f"{highest:.1%}")
+    tokens = sorted({profile.get("tokens", {}).get(domain, 0) for domain in domains})
+    counts = " to ".join(f"{count:,}" for count in dict.fromkeys([tokens[0], tokens[-1]]))
+    source = f"profile {profile.get('fingerprint', '-')[:12]}, {counts} tokens of each domain"
+    return HeatMap(source, domains, rows, f"{highest:.1%}")
+
+
+def _natural(text: str) -> list[str | int]:
+    """A key by which layer 2 comes before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
 
 
 def _is_control(case: Case) -> bool:

@@ -140,12 +140,12 @@ def _range(
 
 
 def _fastest(cases: Iterable[Case]) -> str:
-    """Of the phase that was timed, how many cases are faster, and the fastest."""
+    """Of the phase that was timed, how many cases are faster, and the fastest of these, or else of all."""
     for phase in ("decode", "prefill"):
         timed = [(of_model(case)[phase], case) for case in cases if of_model(case).get(phase)]
         if timed:
             faster = sum(pace(timing) == "faster" for timing, _ in timed)
-            best, case = max(timed, key=lambda one: one[0]["ratio"])
+            best, case = max(timed, key=lambda one: (pace(one[0]) == "faster", one[0]["ratio"]))
             counted = f"{phase} faster in {faster} of {len(timed)} timed"
             return f"{counted}, at best {_fast(best)} ({label(case)}: {judged(best)})"
     return "the model's speed not measured"

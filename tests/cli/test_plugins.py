@@ -40,9 +40,13 @@ def test_the_table_lists_plugins_then_problems(capsys, sample_plugin, broken):
     assert main(["plugins"]) == 0
     output, errors = capsys.readouterr()
     table, problems = output.split("\nproblems:\n")
-    (row,) = [line.split(maxsplit=3) for line in table.splitlines() if line.startswith("sample ")]
-    assert row[1:3] == ["spath-eval-sample", "1.0"]
-    assert row[3] == "architecture olmo; domain calendar; strategy weakest; report lines"
+    lines = table.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("sample "))
+    assert lines[start].split()[1:3] == ["spath-eval-sample", "1.0"]
+    provided = " ".join([*lines[start].split()[3:], *" ".join(lines[start + 1 :]).split()])
+    objects = "architecture olmo; domain calendar; strategy weakest; report lines"
+    assert provided == f"{objects}; hooks addoption, collection_modifyitems"
+    assert max(map(len, lines)) <= 100
     assert f"  {broken}" in problems.splitlines()
     assert errors == ""
 
@@ -59,7 +63,17 @@ def test_json_holds_the_same(capsys, sample_plugin, broken):
         "module": "spath_eval_sample",
         "distribution": "spath-eval-sample",
         "version": "1.0",
-        "hooks": [f"spath_register_{kind}" for kind in ("architectures", "domains", "reports", "strategies")],
+        "hooks": [
+            f"spath_{hook}"
+            for hook in (
+                "addoption",
+                "collection_modifyitems",
+                "register_architectures",
+                "register_domains",
+                "register_reports",
+                "register_strategies",
+            )
+        ],
         "provides": {
             "architecture": ["olmo"],
             "domain": ["calendar"],

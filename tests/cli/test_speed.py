@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 
 import pytest
 
@@ -101,6 +102,24 @@ def test_the_table_is_the_result_and_the_file_holds_the_raw_values(speed, tmp_pa
     assert content["environment"]["packages"]["torch"]
     timing = content["speed"][-1]["decode"]
     assert len(timing["dense_seconds"]) == len(timing["sparse_seconds"]) == timing["rounds"] == 6
+
+
+def test_a_picture_is_drawn_of_what_was_measured(speed, work_folder):
+    pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib")
+    outcome = speed("--shape", "Nano-1B", "--layers", "1", "--sparsity", "0.25,0.5", "--picture", "new/nano")
+    assert outcome.status == 0
+    assert outcome.err.splitlines()[-2:] == ["picture: new/nano.png", "picture: new/nano.svg"]
+    text = (work_folder / "new" / "nano.svg").read_text(encoding="utf-8")
+    for label in ("FFN of one layer of Nano-1B, random weights", "prefill", "decode", "batch 1, context 6"):
+        assert f"<!-- {label} -->" in text
+
+
+def test_without_matplotlib_nothing_is_measured(speed, work_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = speed("--shape", "Nano-1B", "--picture", "nano")
+    assert (outcome.status, outcome.out) == (4, "")
+    assert outcome.err == "error: a picture is drawn with matplotlib: pip install 'spath-eval[report]'\n"
+    assert list(work_folder.iterdir()) == []
 
 
 def test_a_self_test_times_dense_against_dense(speed):

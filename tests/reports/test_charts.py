@@ -53,11 +53,12 @@ def test_ticks_are_few_and_lie_on_the_axis(high, logarithmic):
 
 
 def test_ticks_are_written_with_few_digits():
-    assert [tick_text(value) for value in (0.1 + 0.2, 1.0, 0.995, 20.0, 1e4, 1e8)] == [
+    assert [tick_text(value) for value in (0.1 + 0.2, 1.0, 0.995, 20.0, 1200.0, 1e4, 1e8)] == [
         "0.3",
         "1",
         "0.995",
         "20",
+        "1.2e3",
         "1e4",
         "1e8",
     ]

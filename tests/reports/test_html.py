@@ -132,6 +132,16 @@ def test_one_measurement_of_several_cases_is_one_line(example):
     assert "faster, 92% of the possible gain; timed once for 3 cases" in text
 
 
+def test_a_mask_that_was_timed_elsewhere_needs_no_reason(example):
+    crossed = copy.deepcopy(example["cases"][0])
+    crossed.update(id="gemma/math>language/negative@0.15", evaluated_on="language", speed=[])
+    crossed["speed_reason"] = "the same pathway as in gemma/math/negative@0.15"
+    example["cases"].append(crossed)
+    text = section(render(example), "speed")
+    assert "the same pathway" not in text
+    assert "Not measured in some cases: --no-speed" in text
+
+
 def test_controls_do_not_squeeze_the_others(example):
     random = example["cases"][1]
     random["strategy"]["control"] = True
@@ -184,6 +194,20 @@ def test_the_heat_map_shows_shares_by_layer_and_domain(example):
     assert (styles[0], styles[-1]) == ("background:rgb(68 1 84);color:#fff", "background:rgb(253 231 37);color:#000")
     profile["specialisation"] = {path: {"math": 0.1} for path in ("layers.0.shared", "layers.0.experts")}
     assert "layers.0.shared 10.0%" in section(render(example), "specialisation")
+
+
+def test_each_heat_map_says_of_which_profile_it_is_and_has_layers_in_their_order(example):
+    profile = example["profiles"][0]
+    paths = [f"model.layers.{layer}.mlp" for layer in (0, 1, 10, 2)]
+    profile.update(fingerprint="a" * 64, tokens={"math": 20000, "language": 19000})
+    profile["specialisation"] = {path: {"math": 0.1, "language": 0.2} for path in paths}
+    other = copy.deepcopy(profile) | {"fingerprint": "b" * 64, "tokens": {"math": 500}}
+    other["specialisation"] = {path: {"math": 0.3} for path in paths}
+    example["profiles"].append(other)
+    first, second = classes(render(example), "table", "heat")
+    assert [row.find("th").text for row in first.iter("tr")] == ["FFN", "layer 0", "layer 1", "layer 2", "layer 10"]
+    assert words(first.find("caption")).endswith("profile aaaaaaaaaaaa, 19,000 to 20,000 tokens of each domain")
+    assert words(second.find("caption")).endswith("profile bbbbbbbbbbbb, 500 tokens of each domain")
 
 
 def test_matrix_and_league_are_those_of_the_tables(example):

@@ -39,6 +39,15 @@ def test_several_cases_are_told_by_their_extremes(example):
     }
 
 
+def test_the_fastest_is_one_that_is_faster_where_there_is_any(example):
+    example["cases"][2]["speed"][0]["decode"].update(ratio=1.5, ci95=[0.9, 2.0])
+    (sentence,) = verdicts(example).values()
+    assert "decode faster in 1 of 2 timed, at best 1.02 [1.02, 1.04] times as fast" in sentence
+    example["cases"][0]["speed"][0]["decode"].update(ci95=[0.9, 1.04])
+    (sentence,) = verdicts(example).values()
+    assert "decode faster in 0 of 2 timed, at best 1.50 [0.90, 2.00] times as fast" in sentence
+
+
 @pytest.mark.parametrize(
     ("measured", "expected"),
     [
