@@ -121,7 +121,7 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    machine = {"system": platform.platform(), "architecture": platform.machine(), "cores": _cores()}
+    machine = {"system": platform.system(), "architecture": platform.machine(), "cores": _cores()}
     if processor := _processor():
         machine["processor"] = processor
     if device.startswith("cuda"):
