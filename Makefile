@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test lint
+FAMILIES := gemma phi qwen llama moe
+RESULTS ?= results/runs
+
+.PHONY: run test lint compare baselines
 
 run: $(VENV)/.installed
 	$(BIN)/spath-eval run --arch gemma --strategy negative
@@ -26,3 +29,16 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 $(VENV)/.linters: $(VENV)/.installed
 	$(INSTALL) '.[lint]'
 	touch $@
+
+# Each family's small model, compared with its baseline; nothing of an earlier run is used again.
+compare: $(VENV)/.installed
+	for family in $(FAMILIES); do \
+		SPATH_CACHE_DIR=$(RESULTS)/cache $(BIN)/spath-eval run --arch $$family --strategy negative \
+			--baseline results/baselines/$$family-negative.json -o $(RESULTS)/$$family.json || exit; \
+	done
+
+baselines: $(VENV)/.installed
+	for family in $(FAMILIES); do \
+		SPATH_CACHE_DIR=$(RESULTS)/cache $(BIN)/spath-eval run --arch $$family --strategy negative \
+			-o $(RESULTS)/$$family.json && $(BIN)/spath-eval baseline update $(RESULTS)/$$family.json || exit; \
+	done
