@@ -835,6 +835,10 @@ def preserve(loaded: LoadedModel, case: Case, pathway: Pathway) -> tuple[dict[st
     return {"preservation": record}, heldout
 
 
+UNSKIPPED = {"token": "the kernels that skip token by token need [kernels], a CUDA device and FFNs without experts"}
+"""By kind of strategy, why its speed was not measured where nothing skips."""
+
+
 def measure_speed(case: Case, session: Session) -> dict[str, Any]:
     """The record's `speed` of a case, or the reason why it was not measured."""
     if not session.options.speed:
@@ -845,7 +849,8 @@ def measure_speed(case: Case, session: Session) -> dict[str, Any]:
         return {"speed": [], "speed_reason": f"the same pathway as in {timed}"}
     entries = session.registry.hook.spath_measure_speed(case=case, session=session)
     if not entries:
-        return {"speed": [], "speed_reason": "not measured: masking is not skipping, and there is no compact execution"}
+        missing = UNSKIPPED.get(case.strategy.kind, "there is no compact execution")
+        return {"speed": [], "speed_reason": f"not measured: masking is not skipping, and {missing}"}
     return {"speed": entries}
 
 

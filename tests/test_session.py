@@ -195,6 +195,15 @@ def test_masked_execution_has_no_speed(spath_eval_command, work_folder, tiny_che
     assert "not measured: masking is not skipping" in outcome.out
 
 
+def test_a_token_strategys_speed_needs_the_kernels(spath_eval_command, work_folder, tiny_checkpoint, brief):
+    options = [option for option in brief if option != "--no-speed"]
+    arguments = ("--strategy", "oracle", "--no-controls", "--no-quality", "--device", "cpu")
+    outcome = spath_eval_command("run", "--model", tiny_checkpoint, *options, *arguments)
+    (case,) = outcome.record["cases"]
+    assert case["speed"] == []
+    assert "the kernels that skip token by token need [kernels], a CUDA device" in case["speed_reason"]
+
+
 def test_both_arms_meet_the_same_requests(run):
     samples = [row for row in run("--limit", 6).samples if "task" in row]
     requests = {}

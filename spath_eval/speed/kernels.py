@@ -162,6 +162,12 @@ class KernelPathway:
         self.pathway = pathway
         self._sites = [_KernelSite(site, pathway) for site in pathway.sites]
 
+    @property
+    def skippable_bytes(self) -> int:
+        """Bytes of the weights that are read by the kernels: what a token that keeps nothing skips."""
+        kernels = [kernel for site in self._sites for kernel in site.replaced.values()]
+        return sum(kernel.weight.nbytes for kernel in kernels)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context, the model computes what the pathway does, by kernels."""
@@ -185,7 +191,9 @@ class _KernelSite:
         self.gate: Tensor | None = None
         self.keep: Tensor | None = None
         ffn = site.ffn
-        self.replaced: dict[str, nn.Module] = {ffn.down: _KeptColumns(self, getattr(site.module, ffn.down))}
+        self.replaced: dict[str, _KeptRows | _KeptColumns] = {
+            ffn.down: _KeptColumns(self, getattr(site.module, ffn.down))
+        }
         if isinstance(site, GatedSite) and not pathway.strategy.reads_product:
             self.replaced[ffn.up] = _KeptRows(self, getattr(site.module, ffn.up))
 

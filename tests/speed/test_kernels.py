@@ -238,3 +238,23 @@ class TestPathwaysWhereKernelsRun:
                     projection.weight[~kept] = torch.nan  # of down, transposed
                 assert 0 < int(kept.sum()) < site.width
                 assert torch.equal(site.module(inputs), expected)
+
+    @pytest.mark.parametrize("strategy", ["teal", "cats"])
+    def test_a_run_measures_their_speed(
+        self, strategy, spath_eval_command, work_folder, tiny_checkpoint, brief, monkeypatch
+    ):
+        from spath_eval.speed import measurement
+        from spath_eval.speed.timing import Stop, Workload
+
+        monkeypatch.setattr(measurement, "WORKLOAD", Workload(batch=1, tokens=kernels.MAX_TOKENS + 1, new_tokens=2))
+        monkeypatch.setattr(measurement, "Stop", lambda: Stop(seconds=0.0))
+        options = [option for option in brief if option != "--no-speed"]
+        arguments = ("--strategy", strategy, "--sparsity", 0.5, "--no-controls", "--no-quality")
+        outcome = spath_eval_command("run", "--model", tiny_checkpoint, *options, *arguments, "--device", DEVICE)
+        assert outcome.status == 0, outcome.err
+        (entry,) = outcome.record["cases"][0]["speed"]
+        assert entry["subject"] == "model"
+        assert entry["prefill"]["ceiling"] == 1
+        skippable = {"teal": 1 / 3, "cats": 2 / 3}[strategy]
+        share = entry["decode"]["ffn_share"] * skippable * outcome.record["cases"][0]["sparsity"]["achieved"]
+        assert entry["decode"]["ceiling"] == pytest.approx(1 / (1 - share), rel=0.1)
