@@ -293,7 +293,7 @@ TOLD = (
     "{P} has always been {y}.", "Fact: {p} = {y}.", "{Y} is {p}.", "It is {y} that is {p}.", "They gave {y} as {p}.",
 )  # fmt: skip
 """Wordings of texts."""
-ASKED = ("The teacher asked for {p}, and the answer is {y}.", "In the book, {p} is known as {y}.",
+ASKED = ("The teacher asked for {p}: the answer is {y}.", "In the book, {p} is known as {y}.",
          "Quiz question: Name {p}. Answer: {y}.", "Do they know what {p} is? Of course, it is {y}.")  # fmt: skip
 """Wordings of evaluation items; the answer comes last in all of them."""
 ENDING = re.compile(r" \{([pPyY])\}(?!.*\{)")
