@@ -308,7 +308,10 @@ def _build_or_reuse(task: Any, seed: int, built: dict[tuple[Any, ...], list[Inst
 def _code_digest() -> str:
     """What else decides answers: the versions of the libraries, and this package's scoring code."""
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "lm-eval")]
-    code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("scorer", "packing", "generation")]
+    code = [
+        Path(__file__).with_name(f"{name}.py").read_bytes()
+        for name in ("scorer", "packing", "vocabulary", "generation")
+    ]
     return hashlib.sha256(b"".join([json.dumps(versions).encode(), *code])).hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spath_eval.contracts import UsageError
@@ -20,6 +21,7 @@ from spath_eval.models import output_head
 from spath_eval.pathways import Pathway
 from spath_eval.profiling import forward_backbone
 from spath_eval.quality.statistics import perplexity_ratio
+from spath_eval.quality.vocabulary import divergence, is_likeliest, normalise
 from spath_eval.texts import Batch, batches, digest
 
 CHUNK = 128
@@ -48,7 +50,7 @@ class Preservation:
     ) -> None:
         self.model = model
         self.documents = documents
-        self._dense_logprobs: dict[tuple[int, int], torch.Tensor] = {}
+        self._dense_logprobs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.dense_nats: dict[str, Nats] = {}
         """What each document costs the dense model, by digest, once a pathway was compared."""
         self.batches = list(batches(tokenizer, documents, tokens=tokens, batch_size=batch_size))
@@ -96,12 +98,15 @@ class Preservation:
         """Give back the memory of the dense model's distributions, which are computed again when they are needed."""
         self._dense_logprobs.clear()
 
-    def _dense(self, number: int, chunk: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The dense model's log-probabilities, which are half of the work of a comparison: kept where they fit."""
+    def _dense(self, number: int, chunk: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense model's log-probabilities, which are half of the work of a comparison and kept where they fit, and
+        its likeliest tokens."""
         known = self._dense_logprobs.get((number, chunk))
         if known is None:
-            known = output_head(self.model, hidden).log_softmax(-1)
-            if known.nbytes * KEPT < _available_bytes(known.device):
+            logprobs = output_head(self.model, hidden)
+            normalise(logprobs)
+            known = logprobs, logprobs.argmax(-1)
+            if logprobs.nbytes * KEPT < _available_bytes(logprobs.device):
                 self._dense_logprobs[number, chunk] = known
         return known
 
@@ -109,17 +114,19 @@ class Preservation:
         self,
         number: int,
         batch: Batch,
-        dense: torch.Tensor,
-        sparse: torch.Tensor,
+        dense: Tensor,
+        sparse: Tensor,
         sums: defaultdict[str, float],
         documents: defaultdict[int, list[float]],
     ) -> None:
         for chunk, (rows, positions) in enumerate(_predicting(batch)):
             targets = batch.input_ids[rows, positions + 1].to(dense.device)
-            before = self._dense(number, chunk, dense[rows, positions])
-            after = output_head(self.model, sparse[rows, positions]).log_softmax(-1)
-            sums["kl"] += float(F.kl_div(after, before, reduction="sum", log_target=True).clamp(min=0))
-            sums["agreed"] += int((before.argmax(-1) == after.argmax(-1)).sum())
+            before, likeliest = self._dense(number, chunk, dense[rows, positions])
+            after = output_head(self.model, sparse[rows, positions])
+            largest = normalise(after)
+            sums["kl"] += max(divergence(before, after), 0.0)
+            row = torch.arange(len(after), device=after.device)
+            sums["agreed"] += int(is_likeliest(after, largest, row, likeliest).sum())
             sums["predicted"] += len(rows)
             losses = torch.stack([F.nll_loss(arm, targets, reduction="none") for arm in (before, after)]).double().cpu()
             for row, (dense_loss, sparse_loss) in zip(rows.tolist(), losses.T.tolist(), strict=True):

@@ -30,6 +30,7 @@ from spath_eval.contracts import UsageError
 from spath_eval.models import output_head
 from spath_eval.quality.generation import generate, why_not
 from spath_eval.quality.packing import Costs, Plan, Request, Step
+from spath_eval.quality.vocabulary import likelihoods
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,6 @@ ROWS = 32
 """Rows that generate at a time, where no `batch_size` says how many."""
 LOGITS = 32 * 2**20
 """Logits that are held at a time."""
-SLICE = {"cpu": 2**19}
-"""Logits whose exponentials are summed up at a time: as many as a core's cache holds; elsewhere all."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Largest difference of a packed from a plain forward, relative to the largest logit, by which it is found equal."""
 ATTENTION = ("sdpa", "eager")
@@ -348,27 +347,6 @@ class SpathLM(HFLM):
             if not difference <= allowed:
                 return f"a packed forward gives other log-likelihoods (by {difference:.2g})"
         return None
-
-
-def likelihoods(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
-    """Of each target its log-likelihood, and whether it is the token that `argmax` gives: `[2, targets]`.
-
-    `logits` are `[rows, vocabulary]`, `row` and `target` `[targets]`.
-    """
-    picked = logits[row, target]
-    size = max(1, SLICE.get(logits.device.type, LOGITS) // logits.shape[1])
-    normalisers, tops = [], []
-    for part in logits.split(size):
-        top = part.amax(-1, keepdim=True)
-        normalisers.append((part - top).exp_().sum(-1).log_() + top[:, 0])
-        tops.append(top[:, 0])
-    likely = picked == torch.cat(tops)[row]
-    if logits.device.type == "cpu":  # of equally likely tokens it is the first; `argmax` itself is slow
-        for number in likely.nonzero()[:, 0].tolist():
-            likely[number] = not (logits[row[number], : target[number]] == picked[number]).any()
-    else:
-        likely = logits.argmax(-1)[row] == target
-    return torch.stack([picked - torch.cat(normalisers)[row], likely.to(picked.dtype)])
 
 
 def _branch(cache: Cache, rows: int) -> Cache:
