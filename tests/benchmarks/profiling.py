@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -28,6 +27,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from common import environment, peak_rss, quiet, say
 
 MEMORY_TOKENS = (10_000, 200_000)
 CHARACTERS = 2_000
@@ -44,12 +45,8 @@ class Seconds:
 
 def main() -> None:
     options = parse_options()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["TQDM_DISABLE"] = "1"
-    import transformers
+    quiet()
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if options.peak:
         profile_once(options)
         return
@@ -208,33 +205,6 @@ def profile_once(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     print(part.tokens, before, peak())
-
-
-def peak_rss() -> int:
-    """Bytes. Linux hands `getrusage`'s peak on from a parent to what it starts, but not this one."""
-    import resource
-
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def environment() -> str:
-    """Versions, device and threads, in a line."""
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{versions}; {device}, {dtype}"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from common import environment, peak_rss, quiet, say
 
 SPARSITY = 0.15
 SPARSE_ARMS = 4
@@ -89,19 +90,12 @@ class Differences:
 
 def main() -> None:
     options = parse_options()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["TQDM_DISABLE"] = "1"
-    import logging
+    quiet()
 
-    import transformers
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if options.arm:
         run_one_arm(options)
         return
-    print(environment(), flush=True)
+    print(environment("lm-eval"), flush=True)
     rows = list(whole_jobs(options) if options.whole_job else comparisons(options))
     import tabulate
 
@@ -395,34 +389,6 @@ def memory_of(arm: str, folder: str, name: str, batch: int, options: argparse.Na
         command += [option, str(value)] if value else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout.split()[-1])
-
-
-def peak_rss() -> int:
-    """Bytes. Linux hands `getrusage`'s peak on from a parent to what it starts, but not this one."""
-    import resource
-
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def environment() -> str:
-    """Versions, device and threads, in a line."""
-    import lm_eval
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{versions}, lm-eval {lm_eval.__version__}; {device}, {dtype}"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

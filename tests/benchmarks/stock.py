@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from common import environment, quiet, say
 
 BATCH_SIZE = 8
 PERPLEXITY_TOLERANCE = 1e-3
@@ -72,17 +73,11 @@ class Row:
 
 def main() -> int:
     options = parse_options()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["TQDM_DISABLE"] = "1"
-    import logging
+    quiet()
 
     import tabulate
-    import transformers
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    print(environment(), flush=True)
+    print(environment("lm-eval", dtype="float32"), flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         manager = plain_tasks(options.tasks, options.data_dir, Path(folder))
@@ -93,7 +88,7 @@ def main() -> int:
             plain.batch_size_per_gpu = 1 if kind == "pages" else BATCH_SIZE
             compare = texts if kind == "code" else scores
             found = list(compare(name, manager, plain, spath, options.data_dir, limits[kind]))
-            print(f"{name}: {'equal' if all(row.equal for row in found) else 'DIFFERENT'}", file=sys.stderr, flush=True)
+            say(f"{name}: {'equal' if all(row.equal for row in found) else 'DIFFERENT'}")
             rows += found
     table = [list((vars(row) | {"equal": "yes" if row.equal else "NO"}).values()) for row in rows]
     headers = ["task", "metric", "filter", "plain lm-eval", "spath", "equal"]
@@ -229,17 +224,6 @@ def identical(task: str, what: str, plain: Sequence[Any], spath: Sequence[Any]) 
     """How many there are, and how many of them are the same."""
     same = sum(a == b for a, b in zip(plain, spath, strict=False))
     return Row(task, what, "", str(len(plain)), f"{same} the same", list(plain) == list(spath))
-
-
-def environment() -> str:
-    """Versions, device and threads, in a line."""
-    import lm_eval
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{versions}, lm-eval {lm_eval.__version__}; {device}, float32"
 
 
 if __name__ == "__main__":
