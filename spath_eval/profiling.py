@@ -50,7 +50,8 @@ FORMAT = 2
 """Version of what a file holds of a profile: 2 brought the halves."""
 
 CPU_CHUNK, GPU_CHUNK = 2**15, 2**24
-"""Activations that are added up at a time: in float64 a CPU core's cache holds them, or a GPU is kept busy by them."""
+"""Activations that are added up at a time, for each thread: in float64 a core's cache holds them, and torch gives each
+thread as many; or a GPU is kept busy by them."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,8 @@ class _Sums:
         means = [name for name in names if name != ROUTING]
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in means}
         self.rows = torch.zeros(shape[:-1], dtype=torch.float64, device=device)
-        self.chunk = max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // site.width)
+        size = CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else GPU_CHUNK
+        self.chunk = max(1, size // site.width)
         self.counted: _Counted | None = None
         """Those of the batch now in the model."""
 
