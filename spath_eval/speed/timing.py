@@ -188,11 +188,14 @@ def take_turns(dense: Mapping[str, Arm], sparse: Mapping[str, Arm], stop: Stop) 
     for number in range(stop.max_rounds):
         if number >= stop.min_rounds and time.perf_counter() - started >= stop.seconds:
             break
+        order = list(range(len(arms)) if number % 2 == 0 else reversed(range(len(arms))))
         if stop.precision is not None and number == next_look:
             if rounds.precision <= stop.precision:
                 break
             next_look = math.ceil(1.2 * next_look)
-        for index in range(len(arms)) if number % 2 == 0 else reversed(range(len(arms))):
+            with arms[order[0]].within():
+                arms[order[0]].run()  # the look left caches cold, which only the first arm would feel
+        for index in order:
             with arms[index].within():
                 taken[index].append(arms[index].run())
     return rounds
