@@ -38,7 +38,7 @@ def update(record: Path, output: Path | None) -> None:
     """Make RECORD the baseline, and show what that changes.
 
     Its samples go with it, without the texts of the benchmarks. A record of a run that is not complete, or of code that
-    was not committed, is refused, and so is a checkout with changes that are not committed.
+    was not committed, is refused, and so is a checkout with changes that are not committed, other baselines apart.
     """
     from spath_eval import comparison, records
     from spath_eval.cli.compare import report
@@ -47,7 +47,7 @@ def update(record: Path, output: Path | None) -> None:
     destination = output or FOLDER / f"{_name(new.record)}.json"
     samples = destination.with_name(f"{destination.name.removesuffix('.json')}.samples.jsonl")
     _check(new)
-    _check_tree([record, *_samples(new), destination, samples, FOLDER.parent / "runs"])
+    _check_tree([record, *_samples(new), destination, samples, FOLDER, FOLDER.parent / "runs"])
     records.check_writable(destination)
     old = comparison.Evidence.read(destination) if destination.exists() else None
     kept = records.write_samples(_rows(new), samples)
@@ -84,7 +84,7 @@ def _check(new: Evidence) -> None:
 
 
 def _check_tree(own: Iterable[Path]) -> None:
-    """Raise `UsageError` where the checkout around the working directory has changes, but for the files `own`.
+    """Raise `UsageError` where the checkout around the working directory has changes, but for files and folders `own`.
 
     Elsewhere than in a checkout, which is said, a baseline belongs to no commit.
     """
