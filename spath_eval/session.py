@@ -644,10 +644,12 @@ class LoadedModel:
         """The record's entry of the model."""
         ffn = sum(site.weight_bytes(None) for site in self.sites)
         config = self.model.config.get_text_config()
+        family, reference = self.target.architecture, self.target.reference
         record = {
             "name": self.target.name,
-            "arch": self.target.architecture.name,
-            "reference": self.target.reference,
+            "arch": family.name,
+            # where this installation keeps its own checkpoints says nothing elsewhere
+            "reference": f"the checkpoint of {family.name}" if reference == str(family.checkpoint) else reference,
             "fingerprint": self.fingerprint,
             "parameters": parameter_count(self.model),
             "layers": config.num_hidden_layers,

@@ -37,8 +37,9 @@ def timing_entry(
 ) -> dict[str, Any]:
     """One phase: seconds, ratio and ceiling, and `fault` where the ratio cannot be true.
 
-    A ratio is beyond doubt a fault where its interval lies above what is possible whatever limits the device, and no
-    cache explains that: with weights smaller than it, the sparse arm may run from a cache that the dense one overflows.
+    A ratio is a fault where its interval lies above what removing work gives whatever limits the device, and no cache
+    explains that: with weights smaller than it, the sparse arm may run from a cache that the dense one overflows. What
+    remains is a dense arm that was disturbed, or whose products have a width that is slow on the device.
     """
     low, high = times.ci95
     entry: dict[str, Any] = {
@@ -63,7 +64,7 @@ def timing_entry(
         entry["other_dense_seconds"] = {name: list(seconds) for name, seconds in times.others.items()}
     if low > bound.limit and exceeds_cache:
         entry["fault"] = (
-            f"the ratio is above {low:.3f}, and no more than {bound.limit:.3f} is possible, even by a cache: "
-            "the weights of both arms are larger than the last-level cache"
+            f"the ratio is above {low:.3f}, where counting allows {bound.limit:.3f} and no cache explains more: "
+            "the dense arm took longer for each operation or byte than the sparse one"
         )
     return entry
