@@ -25,10 +25,9 @@ def normalise(logits: Tensor) -> Tensor:
     """Turn `logits` `[rows, vocabulary]` into log-probabilities, in place; the largest of each row, `[rows]`."""
     largest = []
     for part in map(logits.__getitem__, slices(logits)):
-        top = part.amax(-1, keepdim=True)
-        total = (part - top).exp_().sum(-1, keepdim=True).log_()
-        part.sub_(total.add_(top))
-        largest.append(part.amax(-1))
+        total, top = _normaliser(part)
+        part.sub_(total)
+        largest.append((top - total)[:, 0])
     return torch.cat(largest)
 
 
@@ -40,8 +39,8 @@ def likelihoods(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
     picked = logits[row, target]
     normalisers, tops = [], []
     for part in map(logits.__getitem__, slices(logits)):
-        top = part.amax(-1, keepdim=True)
-        normalisers.append((part - top).exp_().sum(-1).log_() + top[:, 0])
+        total, top = _normaliser(part)
+        normalisers.append(total[:, 0])
         tops.append(top[:, 0])
     likeliest = is_likeliest(logits, torch.cat(tops), row, target)
     return torch.stack([picked - torch.cat(normalisers)[row], likeliest.to(picked.dtype)])
@@ -65,3 +64,9 @@ def divergence(before: Tensor, after: Tensor) -> float:
     """The sum over rows of KL(before || after) of log-probabilities `[rows, vocabulary]`, in nats."""
     sums = [float((before[at].exp().mul_(before[at] - after[at])).sum()) for at in slices(before)]
     return sum(sums)
+
+
+def _normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of the sum of exponentials of each row, and the largest of the row, `[rows, 1]` each."""
+    top = logits.amax(-1, keepdim=True)
+    return (logits - top).exp_().sum(-1, keepdim=True).log_().add_(top), top
