@@ -81,14 +81,22 @@ def check_writable(path: str | Path) -> None:
             pass
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The record in the file `path`. Raises `UsageError` where there is none, or one of a newer version."""
+def read(path: str | Path, *kinds: str) -> dict[str, Any]:
+    """The record in the file `path`, or what another command wrote there, if its `kind` is among `kinds`.
+
+    Raises `UsageError` where there is none, or one of a newer version.
+    """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a record: {error}") from error
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if kind is not None:
+        if kind in kinds:
+            return record
+        raise UsageError(f"{path} is not a record of a run: `spath-eval {kind}` wrote it")
     version = record.get("version") if isinstance(record, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise UsageError(f"{path} is not a record: it has no version")

@@ -1,4 +1,4 @@
-"""`spath-eval show`: a record's report as the run printed it."""
+"""`spath-eval show`: the tables as the command printed them that wrote the file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,25 @@ if TYPE_CHECKING:
 @click.argument("record", type=click.Path(path_type=Path))
 @plugin_options
 def command(record: Path, plugin_names: tuple[str, ...], strict_plugins: bool) -> None:
-    """Print the tables of a run again, from its record."""
+    """Print the tables of a run again, from its record.
+
+    What `spath-eval speed` and `spath-eval findings` wrote is printed as well.
+    """
     from spath_eval import records
 
-    report = load_registry(plugin_names, strict_plugins).report("console")
-    click.echo(rendered(report, records.read(record)))
+    found = records.read(record, "speed", "findings")
+    match found.get("kind"):
+        case "speed":
+            from spath_eval.speed import table
+
+            text = table.render(found["speed"], columns(table.WIDEST)).rstrip("\n")
+        case "findings":
+            from spath_eval import findings
+
+            text = findings.render(found, "text", columns())
+        case _:
+            text = rendered(load_registry(plugin_names, strict_plugins).report("console"), found)
+    click.echo(text)
 
 
 def rendered(report: Report, record: Mapping[str, Any]) -> str:

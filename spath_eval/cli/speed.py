@@ -105,7 +105,7 @@ def command(context: click.Context, plugin_names: tuple[str, ...], strict_plugin
     from spath_eval import records
     from spath_eval.pathways import GateError
     from spath_eval.reports.picture import check_picture, speed_picture
-    from spath_eval.speed.table import faults, render, timings
+    from spath_eval.speed.table import WIDEST, faults, render, timings
 
     created = datetime.now(UTC)
     name = given["shape"] or given["case_id"] or "+".join(map(_last_part, given["models"])) or given["arch"]
@@ -136,7 +136,7 @@ def command(context: click.Context, plugin_names: tuple[str, ...], strict_plugin
     }
     records.write(about, output)
     plain = json.loads(output.read_text(encoding="utf-8"))["speed"]
-    click.echo(json.dumps(plain, indent=1) if given["as_json"] else render(plain, columns(140)).rstrip("\n"))
+    click.echo(json.dumps(plain, indent=1) if given["as_json"] else render(plain, columns(WIDEST)).rstrip("\n"))
     for fault in faults(plain):
         click.echo(f"warning: measurement fault: {fault}", err=True)
     click.echo(f"speed: {output}", err=True)

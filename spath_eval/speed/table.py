@@ -9,6 +9,8 @@ from typing import Any
 from spath_eval.reports.tables import Group, Note, Row, Table, estimate, wrapped
 
 Entry = Mapping[str, Any]
+WIDEST = 140
+"""Columns that the widest table can use."""
 PHASES = ("ffn", "prefill", "decode")
 LEGEND = (
     "ratio: dense time / sparse time, the median over rounds with its 95% interval. ceiling: what removing those "

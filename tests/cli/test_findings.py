@@ -89,6 +89,14 @@ def test_json_is_what_the_file_holds(find, work_folder):
     assert json.loads(outcome.out)["models"][0]["ablations"] == []
 
 
+def test_show_prints_the_tables_again_and_compare_says_what_the_file_is(find, spath_eval_command, work_folder):
+    measured = find("-o", "found.json", "--no-ablation")
+    assert spath_eval_command("show", "found.json").out == measured.out
+    refused = spath_eval_command("compare", "found.json", "found.json")
+    assert refused.status == 4
+    assert refused.err == "error: found.json is not a record of a run: `spath-eval findings` wrote it\n"
+
+
 def test_markdown(find, work_folder):
     outcome = find("--format", "markdown", "-o", "found.json", "--no-ablation")
     assert outcome.status == 0, outcome.err

@@ -104,6 +104,11 @@ def test_the_table_is_the_result_and_the_file_holds_the_raw_values(speed, tmp_pa
     assert len(timing["dense_seconds"]) == len(timing["sparse_seconds"]) == timing["rounds"] == 6
 
 
+def test_show_prints_the_table_again(speed, spath_eval_command, tmp_path):
+    measured = speed("--shape", "Nano-1B", "--layers", "1", "-o", tmp_path / "speed.json")
+    assert spath_eval_command("show", tmp_path / "speed.json").out == measured.out
+
+
 def test_a_picture_is_drawn_of_what_was_measured(speed, work_folder):
     pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib")
     outcome = speed("--shape", "Nano-1B", "--layers", "1", "--sparsity", "0.25,0.5", "--picture", "new/nano")
