@@ -29,22 +29,29 @@ MAX_TOKENS = 16
 """Tokens up to which rows are skipped: the fewest that a matrix instruction takes. Of more than that hardly a row is
 skipped by all, and the product is dense."""
 
-ROWS_BLOCK = {"BLOCK_WIDTH": 16, "BLOCK_HIDDEN": 128}
-COLUMNS_BLOCK = {"BLOCK_WIDTH": 32, "BLOCK_HIDDEN": 128}
-PIECE = 512
-"""Rows of down that one program sums up."""
+ROWS_BLOCKS = {
+    1: {"BLOCK_WIDTH": 8, "BLOCK_HIDDEN": 512},
+    MAX_TOKENS: {"BLOCK_WIDTH": 16, "BLOCK_HIDDEN": 128},
+}
+COLUMNS_BLOCKS = {
+    1: {"BLOCK_WIDTH": 32, "BLOCK_HIDDEN": 128, "PIECE": 256},
+    MAX_TOKENS: {"BLOCK_WIDTH": 32, "BLOCK_HIDDEN": 128, "PIECE": 512},
+}
+"""By the tokens that a program takes, how many weights it loads at a time, and how many rows of down it sums up in a
+`PIECE`. Of one token the weights on their way are 8 kB a program, and two loads ahead of the sums, as loading a row
+waits for whether it is kept: by Little's law an H100 keeps its memory busy with some 15 kB on the way to a
+multiprocessor, and six programs fit on one. Counted, not measured."""
+STAGES = tl.constexpr(3)
+"""Steps of a loop that are under way at a time: the loads of two, and the sums of one."""
 
 
 @triton.jit
 def _multiply(left, right, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`left [M, K] @ right [K, N]` in float32; as a sum where M is 1, which is too small for a matrix instruction."""
-    if UPCAST or left.shape[0] == 1:
+    """`left [M, K] @ right [K, N]` in float32."""
+    if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    if left.shape[0] == 1:
-        return tl.sum(tl.trans(left) * right, axis=0)[None, :]
-    else:
-        return tl.dot(left, right, input_precision="ieee")
+    return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
@@ -67,14 +74,24 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     inside = (token < tokens)[:, None] & (neuron < width)[None, :]
     kept = tl.load(keep + places, mask=inside, other=0) != 0
     needed = tl.max(kept.to(tl.int32), axis=0) != 0
-    sums = tl.zeros((BLOCK_TOKENS, BLOCK_WIDTH), dtype=tl.float32)
-    for start in range(0, hidden, BLOCK_HIDDEN):
-        feature = start + tl.arange(0, BLOCK_HIDDEN)
-        rows = weight + neuron[None, :].to(tl.int64) * hidden + feature[:, None]
-        row = tl.load(rows, mask=needed[None, :] & (feature < hidden)[:, None], other=0.0)
-        present = (token < tokens)[:, None] & (feature < hidden)[None, :]
-        values = tl.load(inputs + token[:, None] * hidden + feature[None, :], mask=present, other=0.0)
-        sums += _multiply(values, row, UPCAST)
+    if BLOCK_TOKENS == 1:
+        products = tl.zeros((BLOCK_WIDTH, BLOCK_HIDDEN), dtype=tl.float32)
+        for start in tl.range(0, hidden, BLOCK_HIDDEN, num_stages=STAGES):
+            feature = start + tl.arange(0, BLOCK_HIDDEN)
+            rows = weight + neuron[:, None].to(tl.int64) * hidden + feature[None, :]
+            row = tl.load(rows, mask=needed[:, None] & (feature < hidden)[None, :], other=0.0)
+            values = tl.load(inputs + feature, mask=feature < hidden, other=0.0)
+            products += values.to(tl.float32)[None, :] * row.to(tl.float32)
+        sums = tl.sum(products, axis=1)[None, :]
+    else:
+        sums = tl.zeros((BLOCK_TOKENS, BLOCK_WIDTH), dtype=tl.float32)
+        for start in range(0, hidden, BLOCK_HIDDEN):
+            feature = start + tl.arange(0, BLOCK_HIDDEN)
+            rows = weight + neuron[None, :].to(tl.int64) * hidden + feature[:, None]
+            row = tl.load(rows, mask=needed[None, :] & (feature < hidden)[:, None], other=0.0)
+            present = (token < tokens)[:, None] & (feature < hidden)[None, :]
+            values = tl.load(inputs + token[:, None] * hidden + feature[None, :], mask=present, other=0.0)
+            sums += _multiply(values, row, UPCAST)
     tl.store(outputs + places, tl.where(kept, sums, 0.0).to(outputs.dtype.element_ty), mask=inside)
 
 
@@ -96,17 +113,28 @@ def _columns_kernel(  # type: ignore[no-untyped-def]
     token = tl.arange(0, BLOCK_TOKENS)
     feature = tl.program_id(0) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     piece = tl.program_id(1)
-    sums = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), dtype=tl.float32)
-    for start in range(0, PIECE, BLOCK_WIDTH):
-        neuron = piece * PIECE + start + tl.arange(0, BLOCK_WIDTH)
-        places = token[:, None] * width + neuron[None, :]
-        inside = (token < tokens)[:, None] & (neuron < width)[None, :]
-        kept = tl.load(keep + places, mask=inside, other=0) != 0
-        needed = tl.max(kept.to(tl.int32), axis=0) != 0
-        values = tl.load(inputs + places, mask=kept, other=0.0)
-        rows = weight + neuron[:, None].to(tl.int64) * hidden + feature[None, :]
-        row = tl.load(rows, mask=needed[:, None] & (feature < hidden)[None, :], other=0.0)
-        sums += _multiply(values, row, UPCAST)
+    if BLOCK_TOKENS == 1:
+        products = tl.zeros((BLOCK_WIDTH, BLOCK_HIDDEN), dtype=tl.float32)
+        for start in tl.range(0, PIECE, BLOCK_WIDTH, num_stages=STAGES):
+            neuron = piece * PIECE + start + tl.arange(0, BLOCK_WIDTH)
+            kept = tl.load(keep + neuron, mask=neuron < width, other=0) != 0
+            values = tl.load(inputs + neuron, mask=kept, other=0.0)
+            rows = weight + neuron[:, None].to(tl.int64) * hidden + feature[None, :]
+            row = tl.load(rows, mask=kept[:, None] & (feature < hidden)[None, :], other=0.0)
+            products += values.to(tl.float32)[:, None] * row.to(tl.float32)
+        sums = tl.sum(products, axis=0)[None, :]
+    else:
+        sums = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), dtype=tl.float32)
+        for start in range(0, PIECE, BLOCK_WIDTH):
+            neuron = piece * PIECE + start + tl.arange(0, BLOCK_WIDTH)
+            places = token[:, None] * width + neuron[None, :]
+            inside = (token < tokens)[:, None] & (neuron < width)[None, :]
+            kept = tl.load(keep + places, mask=inside, other=0) != 0
+            needed = tl.max(kept.to(tl.int32), axis=0) != 0
+            values = tl.load(inputs + places, mask=kept, other=0.0)
+            rows = weight + neuron[:, None].to(tl.int64) * hidden + feature[None, :]
+            row = tl.load(rows, mask=needed[:, None] & (feature < hidden)[None, :], other=0.0)
+            sums += _multiply(values, row, UPCAST)
     places = (piece * tokens + token)[:, None] * hidden + feature[None, :]
     tl.store(outputs + places, sums, mask=(token < tokens)[:, None] & (feature < hidden)[None, :])
 
@@ -124,10 +152,11 @@ def kept_rows(inputs: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     if tokens > MAX_TOKENS:
         return linear(inputs, weight).masked_fill(~keep, 0)
     outputs = inputs.new_empty(tokens, width)
-    grid = (triton.cdiv(width, ROWS_BLOCK["BLOCK_WIDTH"]),)
+    block = ROWS_BLOCKS[_block(tokens)]
+    grid = (triton.cdiv(width, block["BLOCK_WIDTH"]),)
     arguments = (inputs.contiguous(), weight, _bytes(keep), outputs, tokens, width, hidden)
     with _on(inputs.device):
-        _rows_kernel[grid](*arguments, BLOCK_TOKENS=_block(tokens), UPCAST=INTERPRETED, **ROWS_BLOCK)
+        _rows_kernel[grid](*arguments, BLOCK_TOKENS=_block(tokens), UPCAST=INTERPRETED, **block)
     return outputs
 
 
@@ -141,12 +170,13 @@ def kept_columns(inputs: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     _check(inputs, weight, keep, (tokens, width))
     if tokens > MAX_TOKENS:
         return inputs.masked_fill(~keep, 0) @ weight
-    pieces = triton.cdiv(width, PIECE)
+    block = COLUMNS_BLOCKS[_block(tokens)]
+    pieces = triton.cdiv(width, block["PIECE"])
     outputs = torch.empty(pieces, tokens, hidden, dtype=torch.float32, device=inputs.device)
-    grid = (triton.cdiv(hidden, COLUMNS_BLOCK["BLOCK_HIDDEN"]), pieces)
+    grid = (triton.cdiv(hidden, block["BLOCK_HIDDEN"]), pieces)
     arguments = (inputs.contiguous(), weight, _bytes(keep), outputs, tokens, width, hidden)
     with _on(inputs.device):
-        _columns_kernel[grid](*arguments, PIECE=PIECE, BLOCK_TOKENS=_block(tokens), UPCAST=INTERPRETED, **COLUMNS_BLOCK)
+        _columns_kernel[grid](*arguments, BLOCK_TOKENS=_block(tokens), UPCAST=INTERPRETED, **block)
     return outputs.sum(0).to(inputs.dtype)
 
 
