@@ -71,6 +71,8 @@ class SpathLM(HFLM):
         self.truncated = 0
         """Requests so far that were longer than the model's input and lost tokens on their left."""
         self._encoded: dict[tuple[Any, ...], Tokens] = {}
+        self._tokens: dict[str, list[int]] = {}
+        """Those of strings that were encoded at once."""
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._plain: bool | None = None
 
@@ -177,15 +179,40 @@ class SpathLM(HFLM):
 
     def _encode(self, requests: Sequence[Any]) -> Tokens:
         """The tokens of contexts and continuations, as lm-eval splits them."""
+        pairs = [request.args for request in requests]
+        asked = (text for context, answer in pairs if context for text in (context.rstrip(), context + answer))
+        self._tokens = self._encode_at_once(list(dict.fromkeys(asked)))
         encoded: Tokens = []
-        for context, continuation in (request.args for request in requests):
+        for context, continuation in pairs:
             if context == "":
                 first, answer = self.prefix_token_id, self.tok_encode(continuation, add_special_tokens=False)
                 pair = (answer[:1], answer[1:]) if answer[:1] == [first] else ([first], answer)
             else:
                 pair = self._encode_pair(context, continuation)
             encoded.append(((context, continuation), *pair))
+        self._tokens = {}
         return encoded
+
+    def _encode_at_once(self, strings: Sequence[str]) -> dict[str, list[int]]:
+        """The tokens of each string that lm-eval does not encode in a way of its own, on all cores."""
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        usual = [string for string in strings if not string.startswith(begin)]
+        if not usual:
+            return {}
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        return dict(zip(usual, self.tokenizer(usual, **special)["input_ids"], strict=True))
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **settings: Any,
+    ) -> list[int]:
+        """The tokens of `string`."""
+        if add_special_tokens is None and left_truncate_len is None and string in self._tokens:
+            return self._tokens[string]
+        return super().tok_encode(string, add_special_tokens, left_truncate_len, **settings)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **settings: Any) -> list[tuple[float, bool]]:
         if not requests:

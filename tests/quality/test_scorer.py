@@ -345,7 +345,8 @@ def test_what_greedy_decoding_gives_is_found_greedy(tiny_model, tiny_tokenizer):
 
 def test_requests_are_tokenised_and_planned_once(tiny_model, tiny_tokenizer, monkeypatch):
     calls = []
-    encode, plan = HFLM.tok_encode, scorer.Plan
+    at_once, encode, plan = SpathLM._encode_at_once, HFLM.tok_encode, scorer.Plan
+    monkeypatch.setattr(SpathLM, "_encode_at_once", lambda *args: calls.append("tokens") or at_once(*args))
     monkeypatch.setattr(HFLM, "tok_encode", lambda *args, **kwargs: calls.append("tokens") or encode(*args, **kwargs))
     monkeypatch.setattr(scorer, "Plan", lambda *args: calls.append("plan") or plan(*args))
     lm = packed(tiny_model("llama"), tiny_tokenizer)
@@ -355,6 +356,18 @@ def test_requests_are_tokenised_and_planned_once(tiny_model, tiny_tokenizer, mon
         calls.clear()
         assert likelihoods(lm, asked) == first
         assert calls == []
+
+
+@pytest.mark.parametrize("add_bos_token", [None, False, True])
+def test_tokens_are_those_of_lm_eval_though_encoded_at_once(add_bos_token, tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(GEMMA.checkpoint)
+    contexts = ["One and one is", "One and one is ", "  ", "", f"{tokenizer.bos_token}One", "Two  \n"]
+    pairs = [(context, answer) for context in contexts for answer in ("two", " two", "\ntwo", tokenizer.bos_token)]
+    arms = [of(tiny_model("llama"), tokenizer, add_bos_token=add_bos_token) for of in (packed, stock)]
+    found = arms[0]._encode([Instance("loglikelihood", {}, pair, at) for at, pair in enumerate(pairs)])
+    assert [(pair, tokens) for pair, *tokens in found if pair[0]] == [
+        (pair, [*map(list, arms[1]._encode_pair(*pair))]) for pair in pairs if pair[0]
+    ]
 
 
 # The edges of an input
