@@ -246,6 +246,20 @@ def max_length(model: PreTrainedModel) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
 
 
+def rescaled_beyond(model: PreTrainedModel) -> int | None:
+    """The tokens beyond which positions are embedded by the length of the longest input; none where they never are."""
+    config = model.config.get_text_config(decoder=True)
+    own = getattr(config, "rope_parameters", None) or {}
+    return min(
+        (
+            rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            for rope in [own, *(part for part in own.values() if isinstance(part, dict))]
+            if "dynamic" in (kind := rope.get("rope_type") or "") or kind == "longrope"
+        ),
+        default=None,
+    )
+
+
 def _without_paths(configuration: str) -> str:
     return "\n".join(line for line in configuration.splitlines() if "_name_or_path" not in line)
 

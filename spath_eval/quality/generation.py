@@ -31,6 +31,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from spath_eval.models import rescaled_beyond
+
 log = logging.getLogger(__name__)
 
 SHORTEST_PREFIX = 32
@@ -391,12 +393,8 @@ def _needs_own_cache(model: PreTrainedModel, longest: int) -> str | None:
     for layer in DynamicCache(config=config).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
             return f"it keeps a state of its own kind ({type(layer).__name__})"
-    ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:
-        limit: Any = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", longest)
-        kind = rope.get("rope_type") or ""
-        if longest > limit and ("dynamic" in kind or kind == "longrope"):
-            return f"beyond {limit} tokens, its position encoding depends on the longest row of a batch"
+    if (limit := rescaled_beyond(model)) is not None and longest > limit:
+        return f"beyond {limit} tokens, its position encoding depends on the longest row of a batch"
     return None
 
 

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from spath_eval.contracts import UsageError
-from spath_eval.models import output_head
+from spath_eval.models import output_head, rescaled_beyond
 from spath_eval.quality.generation import generate, why_not
 from spath_eval.quality.packing import Costs, Plan, Request, Step
 from spath_eval.quality.vocabulary import likelihoods
@@ -218,7 +218,8 @@ class SpathLM(HFLM):
         if not requests:
             return []
         self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        if self.plain or self._rescales(max(len(context) + len(answer) for _, context, answer in requests)):
+        longest, limit = max(len(context) + len(answer) for _, context, answer in requests), rescaled_beyond(self.model)
+        if self.plain or (limit is not None and longest > limit):
             return super()._loglikelihood_tokens(list(requests), **settings)
         found = self._score(
             [
@@ -331,18 +332,6 @@ class SpathLM(HFLM):
             parts.append(likelihoods(logits, rows[first:last] - start, target[first:last]))
         slots = np.concatenate([tree.slots for tree in step.rows])
         scores[:, slots] = torch.cat(parts, dim=1).cpu().double().numpy()
-
-    def _rescales(self, tokens: int) -> bool:
-        """Whether an input of `tokens` would be embedded otherwise as a whole than as a prefix and what follows it."""
-        config = self.model.config.get_text_config()
-        rope = getattr(config, "rope_parameters", None) or {}
-        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-        if not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds):
-            return False
-        limits = [
-            kind["original_max_position_embeddings"] for kind in kinds if "original_max_position_embeddings" in kind
-        ]
-        return tokens > min(limits, default=getattr(config, "max_position_embeddings", tokens))
 
     def _why_plain(self) -> str | None:
         """Why the model cannot be scored packed, or none where a packed forward gives what plain ones give."""
