@@ -26,6 +26,7 @@ from spath_eval.reports.matrices import (
     mean_retention,
 )
 from spath_eval.reports.tables import (
+    ABOVE_CEILING,
     Group,
     Note,
     Row,
@@ -58,7 +59,6 @@ SPEED_LEGEND = (
     INTERVALS_LEGEND,
     "speed: dense time / sparse time, beside its ceiling: what removing those weights could give at most.",
 )
-ABOVE_CEILING = "above ceiling: timing noise or a measurement fault"
 UNCONVERGED = "two halves of the profile text agree on less than {:.0%} of the removed neurons: profile more text"
 
 

@@ -13,6 +13,11 @@ from typing import Any
 COLOURS = {"failed": "31", "error": "31", "skipped": "33", "passed": "32"}
 """Outcome to ANSI colour."""
 
+ABOVE_CEILING = (
+    "above its ceiling: by noise, by a cache that holds the sparse weights, or by a width that suits the device better"
+)
+"""What there is to say of a ratio whose interval begins there."""
+
 Row = tuple[str, ...]
 Note = Callable[[str], str]
 """Turns an explanation into the mark that stands for it."""

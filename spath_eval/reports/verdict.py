@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from spath_eval.reports.matrices import Case, is_own, label, mean_retention, perplexity_ratio
-from spath_eval.reports.tables import short
+from spath_eval.reports.tables import ABOVE_CEILING, short
 
 Timing = Mapping[str, Any]
-ABOVE_CEILING = "above its ceiling, which is timing noise or a measurement fault"
 
 
 def verdicts(record: Mapping[str, Any]) -> dict[str, str]:
@@ -38,7 +37,7 @@ def gain(timing: Timing) -> float | None:
 def pace(timing: Timing) -> str:
     """What the interval of a speed ratio says."""
     if "fault" in timing:
-        return f"cannot be true: {timing['fault']}"
+        return f"measurement fault: {timing['fault']}"
     interval, ceiling = timing.get("ci95"), timing.get("ceiling")
     if not interval:
         return "no interval"

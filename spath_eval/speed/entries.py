@@ -35,7 +35,7 @@ def speed_entry(
 def timing_entry(
     times: PhaseTimes, bound: Bound, *, batch: int, tokens: int, exceeds_cache: bool, precision: float | None = None
 ) -> dict[str, Any]:
-    """One phase: seconds, ratio and ceiling, and `fault` where the ratio cannot be true.
+    """One phase: seconds, ratio and ceiling, and `fault` where the ratio is more than what was removed can give.
 
     A ratio is a fault where its interval lies above what removing work gives whatever limits the device, and no cache
     explains that: with weights smaller than it, the sparse arm may run from a cache that the dense one overflows. What

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from spath_eval.reports.tables import Group, Note, Row, Table, estimate, wrapped
+from spath_eval.reports.tables import ABOVE_CEILING, Group, Note, Row, Table, estimate, wrapped
 
 Entry = Mapping[str, Any]
 WIDEST = 140
@@ -45,7 +45,7 @@ def timings(entries: Sequence[Entry]) -> Iterator[tuple[Entry, str, Entry]]:
 
 
 def faults(entries: Sequence[Entry]) -> list[str]:
-    """What was measured and cannot be true, a line for each."""
+    """Ratios that what was removed cannot give, a line for each."""
     return [
         f"{entry['subject']}, {_case(entry, phase, timing)}: {timing['fault']}"
         for entry, phase, timing in timings(entries)
@@ -90,12 +90,7 @@ def _marks(entry: Entry, timing: Entry, note: Note) -> str:
     if "fault" in timing:
         marks.append(note(f"measurement fault: {timing['fault']}"))
     elif timing["ci95"][0] > timing["ceiling"]:
-        marks.append(
-            note(
-                "above the ceiling: by noise, by a cache that holds the sparse weights, by a width that suits the "
-                "device better, or where another limit holds"
-            )
-        )
+        marks.append(note(ABOVE_CEILING))
     if any(entry.get("compiler", {}).values()):
         found = entry["compiler"]
         marks.append(

@@ -116,7 +116,7 @@ def test_speed_stands_beside_its_ceiling(example):
     page = render(example)
     text = section(page, "speed")
     assert "math/negative@0.15, decode 1.02 [1.02, 1.04] of 1.06 faster, 32% of the possible gain" in text
-    assert "1.19 [1.18, 1.20] of 1.15 above its ceiling, which is timing noise or a measurement fault" in text
+    assert "1.19 [1.18, 1.20] of 1.15 above its ceiling: by noise, by a cache" in text
     assert "Not measured in some cases: --no-speed" in text
     ceilings = [one for one in classes(page, "path", "ceiling") if "V17" in one.get("d")]
     assert len(ceilings) == 8

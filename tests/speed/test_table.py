@@ -69,7 +69,7 @@ def test_what_was_not_reached_or_cannot_be_true_is_explained_once() -> None:
     rows = [line for line in text.splitlines() if line.strip().startswith("0.5")]
     assert [re.findall(r"\(\d\)", row) for row in rows] == [["(1)"], ["(1)"], ["(2)"], ["(3)"]]
     assert "(1) the time budget ended before the interval was narrower than 2% of the ratio" in text
-    assert "(2) above the ceiling:" in text
+    assert "(2) above its ceiling:" in text
     assert "(3) measurement fault: the ratio is above 2.900" in text
     assert faults([entry(ffn=wide), entry(ffn=wrong)]) == [
         "one layer of nano, random weights, 0.5, 2 x 64: the ratio is above 2.900"
