@@ -14,7 +14,7 @@ run: $(VENV)/.installed
 	$(BIN)/spath-eval run --arch gemma --strategy negative
 
 test: $(VENV)/.installed
-	TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check

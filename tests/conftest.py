@@ -27,7 +27,12 @@ pytest_plugins = "pytester"
 Distribute = Callable[..., Path]
 
 
+SLOWEST = ("test_real_models.py", "test_readme.py", "test_session.py", "test_new_plugin.py", "test_baselines.py")
+"""Files that take a minute or more. They come first: were they last, one worker would run them while others idle."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch

@@ -14,6 +14,8 @@ import torch
 import spath_eval
 from spath_eval import UsageError, records, session
 from spath_eval.sites import GatedSite, Site
+from spath_eval.speed import measurement
+from spath_eval.speed.timing import Stop, Workload
 
 FAULTY = "model.layers.1.mlp"
 
@@ -672,7 +674,9 @@ def test_masks_are_evaluated_on_every_domain_and_pooled(run, both):
     assert ("tiny/math/negative@0.15", "tiny/math/random@0.15") in pairs
 
 
-def test_a_pathway_is_timed_once(spath_eval_command, work_folder, tiny_checkpoint, brief, both):
+def test_a_pathway_is_timed_once(spath_eval_command, work_folder, tiny_checkpoint, brief, both, monkeypatch):
+    monkeypatch.setattr(measurement, "Stop", lambda: Stop(seconds=0))
+    monkeypatch.setattr(measurement, "WORKLOAD", Workload(batch=1, tokens=4, new_tokens=1))
     options = [option for option in brief if option != "--no-speed"]
     outcome = spath_eval_command(
         "run", "--model", tiny_checkpoint, *options, *both, "--cross", "--no-controls", "-k", ">"
