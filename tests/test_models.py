@@ -18,6 +18,7 @@ from spath_eval.models import (
     bos_token_id,
     fingerprint,
     load,
+    logits_buffer,
     max_length,
     output_head,
     parameter_count,
@@ -404,11 +405,34 @@ def test_output_head_gives_the_models_own_logits(tiny_model, model_type):
     capped = model_type in ("gemma2", "gemma3n_text")  # both have a soft cap, of 30 unless the configuration changes it
     model = tiny_model(model_type, **({"final_logit_softcapping": 3.0} if capped else {}))
     entered = []
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     with torch.inference_mode():
         own = model(torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))).logits
         assert torch.equal(output_head(model, entered[0]), own.float())
+        hook.remove()
+        rows, buffer = entered[0].flatten(0, 1), logits_buffer(model, 12)
+        for part in (rows[:7], rows):
+            found = output_head(model, part, buffer)
+            assert torch.equal(found, own.float().flatten(0, 1)[: len(part)])
+            assert capped or found.data_ptr() == buffer.data_ptr()
     assert (own.abs().max() <= 3) == capped
+
+
+@pytest.mark.parametrize("change", ["bias", "hook", "dtype", "forward"])
+def test_an_output_head_that_is_more_than_a_product_is_called(tiny_model, change):
+    model = tiny_model("llama")
+    head, hidden = model.get_output_embeddings(), torch.randn(3, model.config.hidden_size)
+    if change == "bias":
+        head.bias = torch.nn.Parameter(torch.ones(head.out_features))
+    elif change == "hook":
+        head.register_forward_hook(lambda _, inputs, output: output + 1)
+    elif change == "dtype":
+        model, hidden = model.bfloat16(), hidden.bfloat16()
+    else:
+        head.forward = lambda hidden: hidden @ head.weight.T + 1
+    with torch.inference_mode():
+        assert torch.equal(output_head(model, hidden, logits_buffer(model, 3)), head(hidden).float())
 
 
 def test_bos_is_what_the_tokenizer_puts_in_front(tiny_tokenizer):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spath_eval.contracts import UsageError
-from spath_eval.models import output_head
+from spath_eval.models import logits_buffer, output_head
 from spath_eval.pathways import Pathway
 from spath_eval.profiling import forward_backbone
 from spath_eval.quality.statistics import perplexity_ratio
@@ -119,10 +119,11 @@ class Preservation:
         sums: defaultdict[str, float],
         documents: defaultdict[int, list[float]],
     ) -> None:
+        buffer = logits_buffer(self.model, CHUNK)
         for chunk, (rows, positions) in enumerate(_predicting(batch)):
             targets = batch.input_ids[rows, positions + 1].to(dense.device)
             before, likeliest = self._dense(number, chunk, dense[rows, positions])
-            after = output_head(self.model, sparse[rows, positions])
+            after = output_head(self.model, sparse[rows, positions], buffer)
             largest = normalise(after)
             sums["kl"] += max(divergence(before, after), 0.0)
             row = torch.arange(len(after), device=after.device)

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from spath_eval.contracts import UsageError
-from spath_eval.models import output_head, rescaled_beyond
+from spath_eval.models import logits_buffer, output_head, rescaled_beyond
 from spath_eval.quality.generation import generate, why_not
 from spath_eval.quality.packing import Costs, Plan, Request, Step
 from spath_eval.quality.vocabulary import likelihoods
@@ -280,7 +280,9 @@ class SpathLM(HFLM):
     def _run(self, plan: Plan, scores: np.ndarray) -> None:
         """Run the forwards of a plan and write the targets' log-likelihoods and greediness to `scores`."""
         caches: list[Cache | None] = [None]
+        chunk = max(1, LOGITS // self.model.config.get_text_config().vocab_size)
         with torch.inference_mode():
+            buffer = logits_buffer(self.model, chunk)
             for step in plan.steps:
                 del caches[step.level + 1 :]
                 hidden, cache = self._forward(step, caches[-1])
@@ -288,7 +290,7 @@ class SpathLM(HFLM):
                     caches[-1] = None
                 if step.keep:
                     caches.append(cache)
-                self._write(step, hidden, scores)
+                self._write(step, hidden, scores, chunk, buffer)
 
     def _forward(self, step: Step, before: Cache | None) -> tuple[Tensor, Cache | None]:
         """Final hidden states `[rows, width, hidden]` of a step, and the cache with its tokens where it is kept."""
@@ -316,7 +318,8 @@ class SpathLM(HFLM):
         with _attending(torch.from_numpy(attends).to(self.device), at, past):
             return decoder(**settings, attention_mask=seen, position_ids=at).last_hidden_state, cache
 
-    def _write(self, step: Step, hidden: Tensor, scores: np.ndarray) -> None:
+    def _write(self, step: Step, hidden: Tensor, scores: np.ndarray, chunk: int, buffer: Tensor | None) -> None:
+        """The scores of a step, the logits of `chunk` positions at a time."""
         nodes = np.concatenate([tree.nodes + row * step.width for row, tree in enumerate(step.rows)])
         places, which = np.unique(nodes, return_inverse=True)
         if not len(places):
@@ -325,9 +328,8 @@ class SpathLM(HFLM):
         rows = torch.from_numpy(which).to(self.device)
         target = torch.from_numpy(np.concatenate([tree.targets for tree in step.rows])).to(self.device)
         parts = []
-        chunk = max(1, LOGITS // self.model.config.get_text_config().vocab_size)
         for start in range(0, len(places), chunk):
-            logits = output_head(self.model, hidden[start : start + chunk])
+            logits = output_head(self.model, hidden[start : start + chunk], buffer)
             first, last = np.searchsorted(which, [start, start + chunk])
             parts.append(likelihoods(logits, rows[first:last] - start, target[first:last]))
         slots = np.concatenate([tree.slots for tree in step.rows])
