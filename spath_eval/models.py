@@ -245,7 +245,7 @@ def logits_buffer(model: PreTrainedModel, rows: int) -> torch.Tensor | None:
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.weight.device.type != "cpu":
         return None
-    return torch.empty(rows, len(head.weight))
+    return torch.empty(rows, len(head.weight), dtype=torch.float32)
 
 
 def _is_product(head: torch.nn.Module, hidden: torch.Tensor) -> bool:

@@ -93,9 +93,9 @@ def read(path: str | Path, *kinds: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a record: {error}") from error
     kind = record.get("kind") if isinstance(record, dict) else None
-    if kind is not None:
-        if kind in kinds:
-            return record
+    if kind in kinds:
+        return record
+    if kind in ("speed", "findings"):
         raise UsageError(f"{path} is not a record of a run: `spath-eval {kind}` wrote it")
     version = record.get("version") if isinstance(record, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
