@@ -228,11 +228,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def output_head(model: PreTrainedModel, hidden: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
     """Logits `[..., vocabulary]` in float32 of final hidden states `[..., hidden]`, soft-capped where the model is.
 
-    They are on the device of `hidden`, whichever one the head is on. Those of states `[rows, hidden]` may be written to
-    `logits_buffer`, as fresh memory for a large vocabulary costs a CPU a fifth of the product's time.
+    They are on the device of `hidden`, whichever one the head is on. With a `logits_buffer`, those of states
+    `[rows, hidden]` are written there: fresh memory for a large vocabulary costs a CPU much of the product's time.
     """
-    head = model.get_output_embeddings()
-    if buffer is None or not _is_product(head, hidden):
+    head: Any = model.get_output_embeddings()
+    if buffer is None:
         logits = head(hidden).to(hidden.device).float()
     else:
         logits = torch.mm(hidden, head.weight.t(), out=buffer[: len(hidden)])
@@ -241,23 +241,18 @@ def output_head(model: PreTrainedModel, hidden: torch.Tensor, buffer: torch.Tens
 
 
 def logits_buffer(model: PreTrainedModel, rows: int) -> torch.Tensor | None:
-    """Memory for the logits of so many rows, to be used again and again; none where that saves nothing."""
+    """Memory for the logits of so many rows, to be used again and again.
+
+    There is none unless the output head is a matrix of float32 on the CPU and nothing else.
+    """
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.weight.device.type != "cpu":
+    if type(head) is not torch.nn.Linear or head.bias is not None:
         return None
-    return torch.empty(rows, len(head.weight), dtype=torch.float32)
-
-
-def _is_product(head: torch.nn.Module, hidden: torch.Tensor) -> bool:
-    """Whether `head` is a matrix of float32 on the CPU and nothing else, and `hidden` rows of the same kind."""
-    return (
-        type(head) is torch.nn.Linear
-        and head.bias is None
-        and {tensor.dtype for tensor in (head.weight, hidden)} == {torch.float32}
-        and {tensor.device.type for tensor in (head.weight, hidden)} == {"cpu"}
-        and hidden.dim() == 2
-        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
-    )
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        return None
+    if head.weight.dtype != torch.float32 or head.weight.device.type != "cpu":
+        return None
+    return head.weight.new_empty(rows, len(head.weight))
 
 
 def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

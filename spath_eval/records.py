@@ -26,6 +26,8 @@ from typing import IO, Any
 from spath_eval.contracts import UsageError
 
 VERSION = 1
+OTHER_KINDS = ("speed", "findings")
+"""What `kind` is in the files of commands that make no record, by which they are named."""
 SCHEMA = Path(__file__).with_name("record.schema.json")
 PACKAGES = (
     "spath-eval",
@@ -95,7 +97,7 @@ def read(path: str | Path, *kinds: str) -> dict[str, Any]:
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind in kinds:
         return record
-    if kind in ("speed", "findings"):
+    if kind in OTHER_KINDS:
         raise UsageError(f"{path} is not a record of a run: `spath-eval {kind}` wrote it")
     version = record.get("version") if isinstance(record, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:

@@ -26,7 +26,7 @@ def command(record: Path, plugin_names: tuple[str, ...], strict_plugins: bool) -
     """
     from spath_eval import records
 
-    found = records.read(record, "speed", "findings")
+    found = records.read(record, *records.OTHER_KINDS)
     match found.get("kind"):
         case "speed":
             from spath_eval.speed import table
